@@ -1,0 +1,88 @@
+"""The one file that knows numpy from torch: namespace, placement, and the few formulas the array standard lacks."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace as namespace
+from array_api_compat import device as device_of
+from numpy.typing import NDArray
+
+Array = Any  # an array of numpy, torch or any library of the array standard
+
+__all__ = ["Array", "block_size", "column_sums", "device_of", "flatten", "like", "namespace", "norm", "one_hot", "place", "safe_exp_sum", "to_numpy"]
+
+CACHE_BYTES = 1.5e6  # of the run-wise working set that stays in a core's cache
+
+
+def like(values: Any, x: Array) -> Array:
+    """`values` as an array of x's library, dtype and device."""
+    return namespace(x).asarray(values, dtype=x.dtype, device=device_of(x))
+
+
+def place(values: NDArray[np.float64], device: str) -> Array:
+    """A numpy array on `device`: "numpy", or a torch device ("cpu", "cuda", ...) in the same precision."""
+    if device == "numpy":
+        return values
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(f"device {device!r} needs torch; install the extra: pip install ufm[torch]") from error
+    return torch.as_tensor(values, device=device)
+
+
+def to_numpy(x: Array) -> NDArray[Any]:
+    """x as a numpy array, from any library and device."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        return np.asarray(x.detach().cpu().numpy())
+    if hasattr(x, "to_device") and not isinstance(x, np.ndarray):
+        x = x.to_device(type(device_of(x))("CPU_DEVICE"))
+    return np.asarray(x)
+
+
+def column_sums(x: Array) -> Array:
+    """(..., rows, cols) -> (..., 1, cols); a product with ones, several times faster than `sum` on many small matrices."""
+    xp = namespace(x)
+    return xp.ones((1, x.shape[-2]), dtype=x.dtype, device=device_of(x)) @ x
+
+
+def flatten(x: Array) -> Array:
+    """(B, ...) -> (B, n)."""
+    return namespace(x).reshape(x, (x.shape[0], -1))
+
+
+def norm(x: Array) -> Array:
+    """The Euclidean norm over the last axis."""
+    xp = namespace(x)
+    return xp.sqrt(xp.vecdot(x, x))
+
+
+def one_hot(labels: Array, classes: int, x: Array) -> Array:
+    """(..., cols) integer labels -> (..., classes, cols) of zeros and ones in x's dtype and device."""
+    xp = namespace(x)
+    rows = xp.arange(classes, dtype=labels.dtype, device=device_of(labels))
+    return xp.astype(rows[:, None] == labels[..., None, :], x.dtype)
+
+
+def safe_exp_sum(R: Array, keep: Array) -> tuple[Array, Array, Array]:
+    """(log(1 + S), keep exp(R)/(1 + S), S/(1 + S)) with S = sum_j keep_j exp(R_j) over axis -2, to full relative accuracy.
+
+    R (..., K, cols) with R = 0 where keep = 0; no overflow for large R, no cancellation for S near 0.
+    """
+    xp = namespace(R)
+    top = xp.max(R, axis=-2, keepdims=True)  # >= 0: R is 0 at the entry left out
+    E = xp.exp(R - top) * keep
+    S = column_sums(E)
+    share = 1.0 / (xp.exp(-top) + S)
+    return top + xp.log1p(xp.expm1(-top) + S), E * share, S * share
+
+
+def block_size(bytes_per_run: float, device: str) -> int:
+    """Runs per block: those whose working set fits a core's cache on a CPU, all of them on an accelerator."""
+    if device not in ("numpy", "cpu"):
+        return sys.maxsize
+    return max(1, math.floor(CACHE_BYTES / bytes_per_run))

@@ -1,0 +1,161 @@
+"""What the calls of `ufm` return: named records, and the two enumerations every result speaks in."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+class NoTheory(ValueError):
+    """The problem as a whole has no theorem here; the message names the hypothesis that fails."""
+
+
+class Regime(Enum):
+    """The one list of regime names; the value is what a map's legend says."""
+
+    DISTINCT = "all classes distinct"
+    MERGED = "minority classes merged, not zero"
+    MINORITY_ZERO = "minority classes at zero"
+    ALL_ZERO = "all features at zero"
+    UNKNOWN = "unknown"
+
+
+class Stop(Enum):
+    """Why a run ended; the value is the message."""
+
+    GAP = "the proven relative gap is within the tolerance"
+    GRADIENT = "the scale-free gradient norm is within the tolerance"
+    STALLED = "no step decreases the objective any further in float64"
+    STEPS = "the largest number of steps was taken"
+    ROUNDS = "the largest number of repair rounds was made without a proof"
+    DIVERGED = "the objective became infinite or NaN"
+
+
+class Saved:
+    """Saving to and loading from one npz file: arrays, tuples of arrays, enumerations and None; never pickles."""
+
+    kind: ClassVar[str]
+
+    def save(self, path: str | Path) -> None:
+        """Write the record to `path` (npz); the file appears whole or not at all."""
+        flat: dict[str, Any] = {"ufm_record": np.asarray(self.kind)}
+        for f in fields(self):  # type: ignore[arg-type]
+            flat.update(_flatten(f.name, getattr(self, f.name)))
+        path = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, **flat)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a record that `save` wrote; ValueError if the file holds anything else."""
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                flat = {name: stored[name] for name in stored.files}
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{cls.__name__}.load: {path} is not a readable npz file ({error}); give a file written by save") from error
+        if str(flat.get("ufm_record")) != cls.kind:
+            raise ValueError(f"{cls.__name__}.load: {path} does not hold a {cls.kind}; give a file written by {cls.__name__}.save")
+        return cls(**{f.name: _unflatten(f.name, flat) for f in fields(cls)})  # type: ignore[arg-type]
+
+
+def _flatten(name: str, value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if isinstance(value, tuple) and value and isinstance(value[0], Enum):
+        return {f"{name}/{type(value[0]).__name__}": np.asarray([v.name for v in value])}
+    if isinstance(value, tuple):
+        return {f"{name}/{i}": np.asarray(v) for i, v in enumerate(value)}
+    return {name: np.asarray(value)}
+
+
+def _unflatten(name: str, flat: dict[str, Any]) -> Any:
+    if name in flat:
+        return flat[name] if flat[name].ndim else flat[name].item()
+    for kind in (Stop, Regime):
+        if f"{name}/{kind.__name__}" in flat:
+            return tuple(kind[str(v)] for v in flat[f"{name}/{kind.__name__}"])
+    count = sum(key.startswith(f"{name}/") for key in flat)
+    return tuple(flat[f"{name}/{i}"] for i in range(count)) if count else None
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction(Saved):
+    """What theory says, per cell; NaN and a reason where it has nothing to say.
+
+    value (G,) in nats (or squared-error units); regime (G,) of Regime; distance (G,): ln(lambda / lambda*) to the nearest regime
+    boundary, lambda the geometric mean of the penalties, negative below it; collapsed (G, K) bool; margins (G, K):
+    z_kk - mean_{j != k} z_jk of class k's mean feature; logits (G, K, K), column k = class k, bias included;
+    feature_gram (G, K, K) of class-mean features; classifier_gram (G, K, K) of W_L ... W_1; bias (G, K), zeros without one;
+    source (G,): the theorem, or why there is none.
+    """
+
+    kind: ClassVar[str] = "Prediction"
+    value: Floats
+    regime: tuple[Regime, ...]
+    distance: Floats
+    collapsed: NDArray[np.bool_]
+    margins: Floats
+    logits: Floats
+    feature_gram: Floats
+    classifier_gram: Floats
+    bias: Floats
+    source: NDArray[np.str_]
+
+
+@dataclass(frozen=True, eq=False)
+class Certificate(Saved):
+    """What a point is worth, per run: stationarity, the dual bound and the relative gap it proves.
+
+    value, lower (B,): the objective there and a lower bound of its infimum over all widths; gap (B,) = (value - lower)/value,
+    NaN where nothing is proven; gradient_norm (B,), scale-free; rho (B,): dual norm over its limit (<= 1 at an optimum), an upper
+    bound where `bound` is not exact; bound (B,): how rho was bounded; regime (B,) of the point; collapsed (B, K) bool.
+    """
+
+    kind: ClassVar[str] = "Certificate"
+    value: Floats
+    lower: Floats
+    gap: Floats
+    gradient_norm: Floats
+    rho: Floats
+    bound: NDArray[np.str_]
+    regime: tuple[Regime, ...]
+    collapsed: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Solution(Saved):
+    """End points of `solve`, per run: value, gap, gradient_norm, steps, rounds (B,), stop (B,) of Stop, factors, logits (B, K, cols).
+
+    gap is the proven relative gap (NaN if none); regime (B,) of Regime and collapsed (B, K) describe the point; factors is
+    (H, W_1, ..., W_L[, b]) with the runs first; steps counts evaluations of the gradient.
+    """
+
+    kind: ClassVar[str] = "Solution"
+    value: Floats
+    gap: Floats
+    gradient_norm: Floats
+    rho: Floats
+    regime: tuple[Regime, ...]
+    collapsed: NDArray[np.bool_]
+    stop: tuple[Stop, ...]
+    steps: NDArray[np.int64]
+    rounds: NDArray[np.int64]
+    factors: tuple[Any, ...]
+    logits: Any

@@ -1,0 +1,137 @@
+"""First factors, drawn per run from a numpy Generator of that run's own seed: equal on every device, block and order.
+
+`normal` and `balanced` are the papers' starts; features of a nonnegative problem are drawn as |.|. A start is a frozen dataclass with one
+method, draw(cell, shapes, generator, m, nonnegative) -> factors of one run; adding one is adding a class and a line in TABLE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ufm.arrays import Array, place, to_numpy
+from ufm.chain import Chain
+from ufm.problem import Problem
+
+Floats = NDArray[np.float64]
+
+
+class Start(Protocol):
+    """Draws the factors (H, W_1, ..., W_L[, b]) of one run of a one-cell problem, without the batch axis."""
+
+    def draw(self, cell: Problem, shapes: Sequence[tuple[int, int]], generator: np.random.Generator) -> list[Floats]: ...
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Every entry of every factor, H included, ~ N(0, scale^2/d); a bias starts at 0."""
+
+    scale: float = 1.0
+
+    def draw(self, cell: Problem, shapes: Sequence[tuple[int, int]], generator: np.random.Generator) -> list[Floats]:
+        return [self.scale / np.sqrt(cell.width) * generator.standard_normal(shape) for shape in shapes]
+
+
+@dataclass(frozen=True)
+class BalancedNormal:
+    """Normal entries, every factor with the same expected penalty; for L = 1, W ~ scale q N(0, 1) and H ~ (scale/q) N(0, 1).
+
+    q = (lam_h N/(K lam_w))^{1/4}; in general the standard deviations are s_l = scale sqrt(g/(lam_l size_l)), g the geometric mean of
+    lam_l size_l, with N d for the size of H. A factor without penalty counts as lam = 1.
+    """
+
+    scale: float = 1.0
+
+    def draw(self, cell: Problem, shapes: Sequence[tuple[int, int]], generator: np.random.Generator) -> list[Floats]:
+        lam = np.array([cell.lam_h[0], *cell.lam_w[0]])
+        size = np.array([cell.samples[0] * cell.width, *(r * c for r, c in shapes[1 : cell.depth + 1])], dtype=np.float64)
+        log = np.log(np.where(lam > 0, lam, 1.0) * size)
+        deviation = [*(self.scale * np.exp(0.5 * (log.mean() - log))), 0.0]
+        return [s * generator.standard_normal(shape) for s, shape in zip(deviation, shapes, strict=False)]
+
+
+@dataclass(frozen=True)
+class Orthogonal:
+    """Every factor has orthonormal rows or columns, whichever are fewer, times scale (Haar-distributed; a bias is 0)."""
+
+    scale: float = 1.0
+
+    def draw(self, cell: Problem, shapes: Sequence[tuple[int, int]], generator: np.random.Generator) -> list[Floats]:
+        return [self.scale * _semi_orthogonal(generator, *shape) for shape in shapes]
+
+
+@dataclass(frozen=True)
+class Spectral:
+    """Aligned factors F_l = Q_l S^{1/(L+1)} Q_{l-1}^T whose product U S V^T shares the singular vectors of (I - J/K) Y diag(m)^{1/2}.
+
+    U S V^T is the product in sqrt(m)-weighted columns; S = scale |N(0, 1)| on the K - 1 nonzero directions (or the first `width`), the
+    inner frames Q_l Haar-distributed (the spectral initialisation of Garrod, Keating & Thrampoulidis 2026).
+    """
+
+    scale: float = 1.0
+
+    def draw(self, cell: Problem, shapes: Sequence[tuple[int, int]], generator: np.random.Generator) -> list[Floats]:
+        root_m = np.sqrt(cell.multiplicity[0])
+        Y = np.eye(cell.classes)[:, cell.labels[0]]
+        U, _, Vt = np.linalg.svd((Y - 1.0 / cell.classes) * root_m, full_matrices=False)
+        r = min(cell.classes - 1, cell.width)
+        root = np.abs(self.scale * generator.standard_normal(r)) ** (1.0 / (cell.depth + 1))
+        frames = [Vt[:r].T, *(_semi_orthogonal(generator, cell.width, r) for _ in range(cell.depth)), U[:, :r]]
+        factors = [after * root @ before.T for before, after in zip(frames[:-1], frames[1:], strict=True)]
+        return [factors[0] / root_m, *factors[1:], np.zeros((cell.classes, 1))]
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """The factors themselves: arrays (B, rows, cols), or (rows, cols) for the same start in every run."""
+
+    factors: Sequence[Any]
+
+
+def _semi_orthogonal(generator: np.random.Generator, rows: int, cols: int) -> Floats:
+    Q, R = np.linalg.qr(generator.standard_normal((max(rows, cols), min(rows, cols))))
+    Q = Q * np.where(np.diagonal(R) < 0, -1.0, 1.0)
+    return np.ascontiguousarray(Q if rows >= cols else Q.T)
+
+
+def first_factors(problem: Problem, start: Start | Given, runs: int, seed: int, chain: Chain, device: str = "numpy") -> tuple[Array, ...]:
+    """The start of every run, (B, rows, cols) each, B = G * runs; run r of any cell draws from the seed (seed, r).
+
+    Raises ValueError where given factors do not fit the problem.
+    """
+    shapes = chain.shapes(problem.width, problem.classes, problem.labels.shape[1])
+    if isinstance(start, Given):
+        factors = _checked(start.factors, shapes, problem.cells * runs)
+    else:
+        draws = []
+        for g in range(problem.cells):
+            cell = problem.cell(g)
+            for r in range(runs):
+                draws.append(start.draw(cell, shapes, np.random.default_rng([seed, r])))
+        factors = [np.stack(parts) for parts in zip(*draws, strict=True)][: len(shapes)]
+        if chain.bias:
+            factors[-1] = np.zeros_like(factors[-1])
+    if problem.features == "relu":
+        factors[0] = np.abs(factors[0])
+    return tuple(place(f, device) for f in factors)
+
+
+def _checked(given: Sequence[Any], shapes: Sequence[tuple[int, int]], batch: int) -> list[Floats]:
+    arrays = [np.asarray(to_numpy(f), dtype=np.float64) for f in given]
+    if len(arrays) != len(shapes):
+        raise ValueError(f"starts.given: got {len(arrays)} factors, but the problem has {len(shapes)}; give (H, W_1, ..., W_L) and b where it has one")
+    for i, (array, shape) in enumerate(zip(arrays, shapes, strict=True)):
+        if array.shape[-2:] != shape or (array.ndim != 2 and array.shape != (batch, *shape)):
+            raise ValueError(f"starts.given: factor {i} has shape {array.shape}, but the problem needs {shape} or {(batch, *shape)}")
+        if not np.all(np.isfinite(array)):
+            raise ValueError(f"starts.given: factor {i} holds NaN or infinity; every entry must be finite")
+    return [np.array(np.broadcast_to(array, (batch, *shape))) for array, shape in zip(arrays, shapes, strict=True)]
+
+
+normal, balanced, orthogonal, spectral, given = Normal, BalancedNormal, Orthogonal, Spectral, Given
+
+TABLE = {"normal": Normal, "balanced": BalancedNormal, "orthogonal": Orthogonal, "spectral": Spectral, "given": Given}
