@@ -1,1 +1,6 @@
-"""ufm: unconstrained features models of neural collapse, with their theory, a solver that finds the optimum, and its proof."""
+"""ufm"""
+from ufm import counts, losses, starts
+from ufm.certificate import certify
+from ufm.losses import MSE, CrossEntropy, Focal
+from ufm.problem import Problem
+from ufm.solvers import solve

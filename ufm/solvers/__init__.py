@@ -1,0 +1,103 @@
+"""Solvers of a whole problem grid: `solve`, and the table of its methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ufm.arrays import block_size, place, to_numpy
+from ufm.certificate import certify
+from ufm.objective import Balanced, balanced, chain_of, objective
+from ufm.problem import Problem
+from ufm.records import Solution, Stop
+from ufm.solvers.convex import convex
+from ufm.solvers.lbfgs import LBFGS, minimise
+from ufm.solvers.robust import Outcome, robust
+from ufm.starts import BalancedNormal, Given, Start, first_factors
+
+Floats = NDArray[np.float64]
+
+
+def solve(
+    problem: Problem,
+    *,
+    runs: int = 1,
+    seed: int = 0,
+    method: Literal["robust", "lbfgs", "convex"] = "robust",
+    start: Start | Given | None = None,
+    tol: float = 1e-9,
+    max_steps: int | None = None,
+    device: str = "numpy",
+    progress: Callable[[int], Any] | None = None,
+) -> Solution:
+    """Minimise F for every cell of `problem` from `runs` starts each, and certify every end point.
+
+    method: "robust" (solve, merge, certify, seed, repeat until the proven relative gap is at most tol), "lbfgs" (one local solve to the
+    scale-free gradient norm tol), "convex" (proximal gradient on the logits, L = 1: nuclear norm, or with ReLU the group lasso of the
+    separable case). start: starts.balanced(1.0) by default; run r of every cell draws from the seed (seed, r). max_steps bounds the
+    gradient evaluations of a run. progress(done) is called after each block with the number of runs that ended.
+    Returns a Solution of B = G * runs runs, cell-major. Raises ValueError on bad options.
+    """
+    if method not in METHODS:
+        raise ValueError(f"solve: method is {method!r}, but must be one of {', '.join(map(repr, METHODS))}")
+    for name, value, least in (("runs", runs, 1), ("seed", seed, 0), ("max_steps", 20_000 if max_steps is None else max_steps, 1)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+            raise ValueError(f"solve: {name} is {value!r}, but must be a whole number, at least {least}")
+    if not 0 < tol < 1:
+        raise ValueError(f"solve: tol is {tol!r}, but must lie between 0 and 1")
+    chain = chain_of(problem)
+    start = BalancedNormal() if start is None else start
+    factors = first_factors(problem, start, runs, seed, chain)
+    rows = problem.pick(np.repeat(np.arange(problem.cells), runs))
+    x = balanced(rows).from_factors(factors)
+    block = block_size(BYTES_PER_COORDINATE * x.shape[1], device)
+    outcomes = []
+    for first in range(0, len(x), block):
+        part = np.arange(first, min(first + block, len(x)))
+        outcomes.append(METHODS[method](rows.pick(part), x[part], tol, max_steps or 20_000, device))
+        if progress is not None:
+            progress(len(part))
+    return _solution(rows, outcomes, device)
+
+
+BYTES_PER_COORDINATE = 8 * 12  # of a run's working set that should stay in the cache: the pairs, the point and its gradient
+
+
+def _solution(rows: Problem, outcomes: list[Outcome], device: str) -> Solution:
+    x = np.concatenate([o.x for o in outcomes])
+    factors = tuple(to_numpy(f) for f in balanced(rows).to_factors(x))
+    worth = certify(rows, factors)
+    return Solution(
+        value=worth.value,
+        gap=worth.gap,
+        gradient_norm=worth.gradient_norm,
+        rho=worth.rho,
+        regime=worth.regime,
+        collapsed=worth.collapsed,
+        stop=tuple(s for o in outcomes for s in o.stop),
+        steps=np.concatenate([o.steps for o in outcomes]),
+        rounds=np.concatenate([o.rounds for o in outcomes]),
+        factors=tuple(place(f, device) for f in factors),
+        logits=place(objective(rows).logits(factors), device),
+    )
+
+
+def _robust(rows: Problem, x: Floats, tol: float, max_steps: int, device: str) -> Outcome:
+    return robust(rows, x, tol, max_steps, device=device)
+
+
+def _lbfgs(rows: Problem, x: Floats, tol: float, max_steps: int, device: str) -> Outcome:
+    frame: Balanced = balanced(rows, device=device)
+    found = minimise(frame, place(x, device), LBFGS(tol=tol, max_steps=max_steps))
+    return Outcome(to_numpy(found.x), found.stop, found.steps, np.ones(len(x), dtype=np.int64))
+
+
+METHODS = {
+    "robust": _robust,
+    "lbfgs": _lbfgs,
+    "convex": convex,
+}
+__all__ = ["METHODS", "Stop", "solve"]
