@@ -66,19 +66,20 @@ class Orthogonal:
 
 @dataclass(frozen=True)
 class Spectral:
-    """Aligned factors F_l = Q_l S^{1/(L+1)} Q_{l-1}^T whose product U S V^T shares the singular vectors of (I - J/K) Y diag(m)^{1/2}.
+    """Aligned factors F_l = Q_l S^{1/(L+1)} Q_{l-1}^T: their product U S V^T shares the singular vectors of -(loss slope at 0) diag(m)^{1/2}.
 
-    U S V^T is the product in sqrt(m)-weighted columns; S = scale |N(0, 1)| on the K - 1 nonzero directions (or the first `width`), the
-    inner frames Q_l Haar-distributed (the spectral initialisation of Garrod, Keating & Thrampoulidis 2026).
+    U S V^T is the product in sqrt(m)-weighted columns (for cross-entropy, those of (I - J/K) Y diag(m)^{1/2}); S = scale |N(0, 1)| on the
+    nonzero directions, at most `width` of them; the inner frames Q_l are Haar-distributed (Garrod, Keating & Thrampoulidis 2026).
     """
 
     scale: float = 1.0
 
     def draw(self, cell: Problem, shapes: Sequence[tuple[int, int]], generator: np.random.Generator) -> list[Floats]:
         root_m = np.sqrt(cell.multiplicity[0])
-        Y = np.eye(cell.classes)[:, cell.labels[0]]
-        U, _, Vt = np.linalg.svd((Y - 1.0 / cell.classes) * root_m, full_matrices=False)
-        r = min(cell.classes - 1, cell.width)
+        onehot = np.eye(cell.classes)[None, :, cell.labels[0]]
+        slope = cell.loss.slope(np.zeros_like(onehot), cell.loss.targets(onehot, cell.counts))[0]
+        U, s, Vt = np.linalg.svd(-slope * root_m, full_matrices=False)
+        r = min(int(np.sum(s > 1e-12 * s[0])), cell.width)
         root = np.abs(self.scale * generator.standard_normal(r)) ** (1.0 / (cell.depth + 1))
         frames = [Vt[:r].T, *(_semi_orthogonal(generator, cell.width, r) for _ in range(cell.depth)), U[:, :r]]
         factors = [after * root @ before.T for before, after in zip(frames[:-1], frames[1:], strict=True)]

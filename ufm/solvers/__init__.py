@@ -15,7 +15,8 @@ from ufm.problem import Problem
 from ufm.records import Solution, Stop
 from ufm.solvers.convex import convex
 from ufm.solvers.lbfgs import LBFGS, minimise
-from ufm.solvers.robust import Outcome, robust
+from ufm.solvers.outcome import Outcome
+from ufm.solvers.robust import robust
 from ufm.starts import BalancedNormal, Given, Start, first_factors
 
 Floats = NDArray[np.float64]

@@ -1,1 +1,129 @@
-def convex(*a): raise NotImplementedError
+"""Proximal references for L = 1: the convex form of the problem in X = Z D^{1/2}, one run at a time.
+
+    min_{X, b}  sum_k (n_k/N) loss(x_k/sqrt(n_k) + b, k) + (lam_b/2)||b||^2 + sqrt(lam_w lam_h) R(X)
+
+R is the nuclear norm without ReLU: exact (Hong & Ling 2023). With ReLU R(X) = sum_k ||x_k||, the group lasso, whose optimum is that of the
+ReLU problem exactly where the dual slopes of different classes do not attract (the separable case; the certificate tells).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ufm.certificate import dual_bound, rounded
+from ufm.objective import Balanced, balanced
+from ufm.problem import Problem
+from ufm.records import Stop
+from ufm.solvers.outcome import Outcome
+
+Floats = NDArray[np.float64]
+
+CHECK = 20  # iterations between two looks at the gap
+
+
+def convex(rows: Problem, x: Floats, tol: float, max_steps: int, device: str) -> Outcome:
+    """Accelerated proximal gradient with restarts (O'Donoghue & Candès 2015) from the logits of x (B, n); numpy on the CPU only."""
+    if rows.depth != 1 or rows.features == "relu_of_free" or rows.columns != "means" or not hasattr(rows.loss, "conjugate"):
+        raise ValueError(
+            "solve: method='convex' needs depth=1, features 'free' or 'relu', columns='means' and a convex loss; use method='robust' or 'lbfgs'"
+        )
+    if np.any(rows.lam_w * rows.lam_h[:, None] == 0):
+        raise ValueError("solve: method='convex' needs lam_w > 0 and lam_h > 0 (there is no norm to take without them)")
+    if device != "numpy":
+        raise ValueError(f"solve: method='convex' is a reference on device 'numpy' only, not {device!r}; use method='robust'")
+    ends = [_one(rows.cell(i), x[i : i + 1], tol, max_steps) for i in range(len(x))]
+    return Outcome(
+        np.concatenate([e.x for e in ends]),
+        tuple(e.stop[0] for e in ends),
+        np.concatenate([e.steps for e in ends]),
+        np.concatenate([e.rounds for e in ends]),
+    )
+
+
+class _Point(NamedTuple):
+    X: Floats  # (K, K)
+    b: Floats  # (K, 1), in balanced units; zeros without bias
+
+
+def _one(cell: Problem, x: Floats, tol: float, max_steps: int) -> Outcome:
+    frame = balanced(cell)
+    shrink = _singular_values if cell.features == "free" else _columns
+    parts = frame.unpack(x)
+    point = _Point((parts[1] @ parts[0])[0], parts[2][0] if cell.lam_b is not None else np.zeros((cell.classes, 1)))
+    previous, momentum, L = point, 1.0, 1.0
+    stop, step = Stop.STEPS, 0
+    while step < max_steps:
+        next_momentum = 0.5 * (1 + np.sqrt(1 + 4 * momentum**2))
+        ahead = _Point(*(p + (momentum - 1) / next_momentum * (p - q) for p, q in zip(point, previous, strict=True)))
+        F, slope = _smooth(frame, ahead)
+        while True:
+            new = _Point(shrink(ahead.X - slope.X / L, 1 / L), ahead.b - slope.b / L)
+            move = _Point(*(p - q for p, q in zip(new, ahead, strict=True)))
+            step += 1
+            model = sum(float(np.sum(s * m) + 0.5 * L * np.sum(m * m)) for s, m in zip(slope, move, strict=True))
+            if _smooth(frame, new)[0] <= F + model + 1e-14 * abs(F) or step >= max_steps:
+                break
+            L *= 2
+        uphill = sum(float(np.sum(m * (p - q))) for m, p, q in zip(move, new, point, strict=True)) < 0
+        previous, point = point, new
+        momentum, L = (1.0 if uphill else next_momentum), L * 0.98
+        if step % CHECK < 2 and _gap(cell, frame, point) <= tol:
+            stop = Stop.GAP
+            break
+        if L * float(np.linalg.norm(move.X)) <= 1e-3 * tol * float(np.linalg.norm(slope.X)):
+            stop = Stop.GRADIENT
+            break
+    return Outcome(_factored(cell, frame, point), (stop,), np.array([step]), np.array([1]))
+
+
+def _smooth(frame: Balanced, point: _Point) -> tuple[float, _Point]:
+    """The smooth part of F/unit and its gradient."""
+    objective = frame.objective
+    Z = point.X[None] * objective.column_scale
+    bias = objective.bias_scale is not None
+    Z = Z + objective.bias_scale * point.b if bias else Z
+    losses, slope = objective.loss.value_and_slope(Z, objective.targets)
+    slope = slope * objective.column_weight
+    value = float(np.sum(losses * objective.column_weight[:, 0]))
+    if not bias:
+        return value, _Point((slope * objective.column_scale)[0], np.zeros_like(point.b))
+    pull = objective.penalties[-1] * point.b
+    total = (objective.bias_scale * slope.sum(axis=-1, keepdims=True) + pull)[0]
+    return value + 0.5 * float(np.sum(pull * point.b)), _Point((slope * objective.column_scale)[0], total)
+
+
+def _singular_values(X: Floats, by: float) -> Floats:
+    """prox of the nuclear norm: singular values lowered by `by`, at least 0."""
+    U, s, Vt = np.linalg.svd(X)
+    return np.asarray((U * np.maximum(s - by, 0.0)) @ Vt)
+
+
+def _columns(X: Floats, by: float) -> Floats:
+    """prox of sum_k ||x_k||: columns shortened by `by`, at least to 0."""
+    size = np.linalg.norm(X, axis=0)
+    return np.asarray(X * np.maximum(1 - by / np.where(size > 0, size, 1.0), 0.0))
+
+
+def _gap(cell: Problem, frame: Balanced, point: _Point) -> float:
+    x = _factored(cell, frame, point)
+    value = frame.value_and_gradient(x)[0] * frame.unit
+    return float(rounded(1 - dual_bound(cell, frame.to_factors(x)).lower / value)[0])
+
+
+def _factored(cell: Problem, frame: Balanced, point: _Point) -> Floats:
+    """Balanced factors with W H = Z: along the singular vectors, or with ReLU one private coordinate per live class."""
+    if cell.features == "free":
+        U, s, Vt = np.linalg.svd(point.X)
+    else:
+        s = np.linalg.norm(point.X, axis=0)
+        U, Vt = point.X / np.where(s > 0, s, 1.0), np.eye(cell.classes)
+    live = np.flatnonzero(s > 1e-14 * s.max(initial=0.0))
+    if len(live) > cell.width:
+        raise ValueError(f"solve: method='convex' found an optimum of rank {len(live)}, but width is {cell.width}; use a width of at least {len(live)}")
+    H, W = np.zeros((1, cell.width, cell.classes)), np.zeros((1, cell.classes, cell.width))
+    root = np.sqrt(s[live])
+    H[0, : len(live)], W[0, :, : len(live)] = root[:, None] * Vt[live], U[:, live] * root
+    return np.asarray(frame.pack([H, W, *([point.b[None]] if cell.lam_b is not None else [])]))

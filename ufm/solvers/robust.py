@@ -2,24 +2,22 @@
 
 Plain descent often ends at points where a class is wrongly dead (Dang et al. 2024 model; relu_imbalance, sections 6 and 8): the dual bound
 names the missing atom u v^T, merging frees a coordinate for it, and the objective falls at the rate (rho - 1) sqrt(lam_w lam_h).
-Merging and seeding need L = 1. Deeper chains are solved once more from an aligned start if the first end point is not proven.
+Merging and seeding need L = 1. Deeper chains whose bound is not met are
+solved once more from an aligned start.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ufm.arrays import Array, place, to_numpy
 from ufm.certificate import Dual, dual_bound, rounded
-from ufm.objective import Balanced, balanced
+from ufm.objective import Balanced, balanced, objective
 from ufm.problem import Problem
 from ufm.records import Stop
 from ufm.solvers.lbfgs import LBFGS, minimise
-from ufm.starts import Spectral, first_factors
+from ufm.solvers.outcome import Outcome
 
 Floats = NDArray[np.float64]
 
@@ -27,15 +25,6 @@ PARALLEL = 1e-6  # coordinates with both cosines above 1 minus this are one
 FAINT = 1e-7  # coordinates shorter than this share of the longest are none
 VIOLATION = 1e-9  # an atom must exceed the limit by this share to be worth seeding
 TRIALS = np.logspace(-5, 1.5, 27)  # atom strengths tried, in units of sqrt(sum_k n_k v_k^2)
-
-
-class Outcome(NamedTuple):
-    """End points x (B, n) in balanced coordinates, why each run ended, gradient evaluations and repair rounds."""
-
-    x: Floats
-    stop: tuple[Stop, ...]
-    steps: NDArray[np.int64]
-    rounds: NDArray[np.int64]
 
 
 def robust(rows: Problem, x: Floats, tol: float, max_steps: int, max_rounds: int = 40, device: str = "numpy") -> Outcome:
@@ -63,7 +52,15 @@ def robust(rows: Problem, x: Floats, tol: float, max_steps: int, max_rounds: int
         stop[todo] = [Stop.GAP if small else reason for small, reason in zip(gap <= tol, found.stop, strict=True)]
         done = (gap <= tol) | np.isnan(dual.rho) | (steps[todo] >= max_steps)
         if rows.depth > 1:
-            stop, steps = _second_start(rows, frame, x, gap <= tol, stop, steps, options)
+            again = todo[gap > tol]
+            if len(again):
+                second = _second_start(rows, frame, x, again, options)
+                F = frame.pick(again).value_and_gradient(second.x)[0]
+                better, proven = F < value[again], F * frame.unit[again] * (1 - tol) <= dual.lower[again]
+                x[again] = np.where(better[:, None], second.x, x[again])
+                kept = [new if b else old for new, old, b in zip(second.stop, stop[again], better, strict=True)]
+                stop[again] = [Stop.GAP if p else k for p, k in zip(proven, kept, strict=True)]
+                steps[again], rounds[again] = steps[again] + second.steps, second.rounds
             break
         point, seeded = seed_atoms(problem, part, point, value, dual)
         stuck = ~seeded & (value >= best[todo] * (1 - 1e-15)) & (number > 2)
@@ -162,20 +159,18 @@ def _to_columns(problem: Problem, run: int, v: Floats) -> Floats:
     return np.asarray((v / np.sqrt(problem.counts[run]))[labels] * np.sqrt(problem.multiplicity[run]))
 
 
-def _second_start(
-    rows: Problem, frame: Balanced, x: Floats, proven: NDArray[np.bool_], stop: NDArray[np.object_], steps: NDArray[np.int64], options: LBFGS
-) -> tuple[NDArray[np.object_], NDArray[np.int64]]:
-    """Solve the unproven runs of a deep chain again from aligned factors, and keep the lower end point (x changes in place)."""
-    todo = np.flatnonzero(~proven)
-    if not len(todo):
-        return stop, steps
+def _second_start(rows: Problem, frame: Balanced, x: Floats, todo: NDArray[np.int64], options: LBFGS) -> Outcome:
+    """The given runs of a deep chain solved again from aligned factors of -slope(0) D^{1/2}, all its singular values alive."""
     problem, part = rows.pick(todo), frame.pick(todo)
-    scale = float(np.sqrt(np.median(problem.counts)))
-    start = first_factors(problem, Spectral(scale=scale), 1, 0, frame.objective.chain)
-    found = minimise(part, part.from_factors(start), replace(options, tol=1e-14))
-    point = simplified(problem, part, to_numpy(found.x))
-    better = part.value_and_gradient(point)[0] < part.value_and_gradient(x[todo])[0]
-    x[todo] = np.where(better[:, None], point, x[todo])
-    stop[todo] = [new if b else old for new, old, b in zip(found.stop, stop[todo], better, strict=True)]
-    steps[todo] += found.steps
-    return stop, steps
+    zero = part.unpack(np.zeros_like(x[todo]))
+    slope = objective(problem).slope(zero)
+    U, s, Vt = np.linalg.svd(-slope * np.sqrt(problem.multiplicity)[:, None, :], full_matrices=False)
+    r = min(s.shape[1], problem.width)
+    root = s[:, :r] ** (1.0 / (problem.depth + 1))
+    first = [np.zeros(p.shape) for p in zero]
+    first[0][:, :r] = root[:, :, None] * Vt[:, :r]
+    for layer in range(1, problem.depth):
+        first[layer][:, range(r), range(r)] = root
+    first[problem.depth][:, :, :r] = U[:, :, :r] * root[:, None, :]
+    found = minimise(part, part.pack(first), options)
+    return Outcome(simplified(problem, part, to_numpy(found.x)), found.stop, found.steps, np.full(len(todo), 2))
