@@ -15,7 +15,7 @@ Array = Any  # an array of numpy, torch or any library of the array standard
 
 __all__ = ["Array", "block_size", "column_sums", "device_of", "flatten", "like", "namespace", "norm", "one_hot", "place", "safe_exp_sum", "to_numpy"]
 
-CACHE_BYTES = 1.5e6  # of the run-wise working set that stays in a core's cache
+BLOCK_BYTES = 8e6  # working set of a block on a CPU: past a core's own cache, but large enough to hide the cost of a call
 
 
 def like(values: Any, x: Array) -> Array:
@@ -82,7 +82,7 @@ def safe_exp_sum(R: Array, keep: Array) -> tuple[Array, Array, Array]:
 
 
 def block_size(bytes_per_run: float, device: str) -> int:
-    """Runs per block: those whose working set fits a core's cache on a CPU, all of them on an accelerator."""
+    """Runs per block: about 8 MB of working set on a CPU, all of them on an accelerator."""
     if device not in ("numpy", "cpu"):
         return sys.maxsize
-    return max(1, math.floor(CACHE_BYTES / bytes_per_run))
+    return max(1, math.floor(BLOCK_BYTES / bytes_per_run))

@@ -132,8 +132,8 @@ def copositive_norm(A: Floats) -> tuple[float, str, Floats]:
     """(max {v'Av : v >= 0, ||v|| = 1} or an upper bound of it, its name, unit atoms v (a, K) with v'Av > 1), A (K, K) psd.
 
     Classes split into the components of the graph A_kl > 0: products across components only lower v'Av, so the maximum is that of a
-    component. In a component without negative entries it is the largest eigenvalue (Perron); a small one is searched over all supports;
-    for a large one the largest eigenvalue of max(A, 0) bounds it from above.
+    component. In a component without negative entries it is the largest eigenvalue (Perron). Otherwise the largest eigenvalue of
+    max(A, 0) bounds it from above, exactly where projected power iterations reach it; else a small one is searched over all supports.
     """
     K = len(A)
     diagonal = np.diagonal(A)
@@ -155,18 +155,21 @@ def copositive_norm(A: Floats) -> tuple[float, str, Floats]:
     return best, name, np.array(atoms).reshape(-1, K)
 
 
-RANK = {"signs (exact)": 0, "supports (exact)": 1, "positive part (upper bound)": 2}
+RANK = {"signs (exact)": 0, "positive part (exact)": 1, "supports (exact)": 2, "positive part (upper bound)": 3}
 
 
 def _component_norm(A: Floats) -> tuple[float, str, Floats]:
+    s, V = np.linalg.eigh(np.maximum(A, 0.0))
+    upper, perron = float(s[-1]), np.abs(V[:, -1])
     if np.all(A >= 0):
-        s, V = np.linalg.eigh(A)
-        return float(s[-1]), "signs (exact)", np.abs(V[:, -1])
+        return upper, "signs (exact)", perron
+    v = _ascend(A, perron)
+    if upper <= float(v @ A @ v) * (1 + 1e-13):
+        return upper, "positive part (exact)", v
     if len(A) <= ENUMERATED:
         value, v = _best_support(A)
         return value, "supports (exact)", v
-    upper, V = np.linalg.eigh(np.maximum(A, 0.0))
-    return float(upper[-1]), "positive part (upper bound)", _ascend(A, np.abs(V[:, -1]))
+    return upper, "positive part (upper bound)", v
 
 
 def _components(adjacent: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
@@ -195,10 +198,13 @@ def _best_support(A: Floats) -> tuple[float, Floats]:
 
 
 def _ascend(A: Floats, v: Floats) -> Floats:
-    """Projected power iterations v <- (Av)_+ normalised: v'Av never falls."""
-    for _ in range(200):
-        v = np.maximum(A @ v, 0.0)
-        v = v / np.linalg.norm(v)
+    """Projected power iterations v <- (Av)_+ normalised, until they stand still: v'Av never falls."""
+    for _ in range(1000):
+        new = np.maximum(A @ v, 0.0)
+        new = new / np.linalg.norm(new)
+        if np.max(np.abs(new - v)) < 1e-13:
+            return new
+        v = new
     return v
 
 

@@ -142,7 +142,7 @@ class Balanced:
     """Balanced coordinates x of a batch, flattened per run to (B, n): factor = scale * x, and F/unit as a function of x.
 
     scales: one per factor, broadcasting; unit (B,): g, or 1 where a penalty is 0; penalty (B, n): that of each coordinate in this unit,
-    None where all are 1; bounded (n,) bool: coordinates held >= 0.
+    None where all are 1; lower (n,): bounds of the coordinates, 0 or -inf.
     """
 
     objective: Objective
@@ -150,7 +150,7 @@ class Balanced:
     penalty: Array | None
     scales: tuple[Array, ...]
     shapes: tuple[tuple[int, int], ...]
-    bounded: Array
+    lower: Array
 
     def unpack(self, x: Array) -> Factors:
         """(B, n) -> one array per factor, in balanced coordinates."""
@@ -210,8 +210,7 @@ class Balanced:
 
     def projected(self, x: Array, gradient: Array) -> Array:
         """The gradient without the components that point out of the bounds."""
-        held = self.bounded & (x <= 0) & (gradient > 0)
-        return namespace(x).where(held, 0.0, gradient)
+        return namespace(x).where((x <= self.lower) & (gradient > 0), 0.0, gradient)
 
     def pick(self, runs: Array) -> Balanced:
         """The given runs alone."""
@@ -246,9 +245,9 @@ def balanced(problem: Problem, runs: int = 1, device: str = "numpy") -> Balanced
         units.append(1.0 / np.sqrt(curvature))
         penalties.append(natural.penalties[-1] / unit / curvature)
     shapes = tuple(natural.chain.shapes(problem.width, problem.classes, problem.labels.shape[1]))
-    bounded = np.zeros(sum(r * c for r, c in shapes), dtype=bool)
+    lower = np.full(sum(r * c for r, c in shapes), -np.inf)
     if problem.features == "relu":
-        bounded[: shapes[0][0] * shapes[0][1]] = True
+        lower[: shapes[0][0] * shapes[0][1]] = 0.0
     flat = np.concatenate([np.repeat(p[:, :, 0], r * c, axis=1) for p, (r, c) in zip(penalties, shapes, strict=True)], axis=1)
 
     def spread(x: Any) -> Array:
@@ -261,5 +260,5 @@ def balanced(problem: Problem, runs: int = 1, device: str = "numpy") -> Balanced
         None if np.all(flat == 1) else spread(flat),
         tuple(spread(u) for u in units),
         shapes,
-        place(bounded, device),
+        place(lower, device),
     )

@@ -64,7 +64,7 @@ def solve(
     return _solution(rows, outcomes, device)
 
 
-BYTES_PER_COORDINATE = 8 * 12  # of a run's working set that should stay in the cache: the pairs, the point and its gradient
+BYTES_PER_COORDINATE = 8 * 18  # a run's pairs, point, gradient and temporaries
 
 
 def _solution(rows: Problem, outcomes: list[Outcome], device: str) -> Solution:

@@ -25,7 +25,7 @@ NEGLIGIBLE = 1e-28  # squared gradient over value: nothing left to gain in float
 class LBFGS:
     """Options: history length, tolerance on the scale-free gradient norm, largest number of gradient evaluations, patience in stalls."""
 
-    memory: int = 8
+    memory: int = 5
     tol: float = 1e-10
     max_steps: int = 20_000
     patience: int = 30
@@ -41,6 +41,74 @@ class Minimum:
     steps: NDArray[np.int64]
 
 
+@dataclass(eq=False)
+class _Pairs:
+    """The last `memory` pairs of every run, s in the first half of `stack` (B, 2 memory, n) and y in the second, with their products.
+
+    sy[:, i, j] = s_i.y_j and yy[:, i, j] = y_i.y_j; slots in `order` from oldest to newest; a pair without positive curvature is zero.
+    """
+
+    stack: Array
+    sy: Array
+    yy: Array
+    order: list[int]
+
+    @classmethod
+    def empty(cls, x: Array, memory: int) -> _Pairs:
+        xp, B, m = namespace(x), x.shape[0], memory
+        stack, sy, yy = (xp.zeros(shape, dtype=x.dtype, device=device_of(x)) for shape in ((B, 2 * m, x.shape[1]), (B, m, m), (B, m, m)))
+        return cls(stack, sy, yy, [])
+
+    def pick(self, runs: Array) -> _Pairs:
+        """The given runs alone."""
+        return _Pairs(*(namespace(a).take(a, runs, axis=0) for a in (self.stack, self.sy, self.yy)), self.order)
+
+    def push(self, s: Array, y: Array, p: Array) -> Array:
+        """Replace the oldest pair by (s, y), and return the products (B, 2 memory) of every s and y with p."""
+        xp, m = namespace(s), self.sy.shape[1]
+        y = xp.where(s == 0, 0.0, y)  # coordinates held at their bound stay out of the metric
+        usable = xp.astype(xp.vecdot(s, y) > 1e-14 * norm(s) * norm(y), s.dtype)[:, None]
+        slot = len(self.order) if len(self.order) < m else self.order[0]
+        self.order = [*[i for i in self.order if i != slot], slot]
+        self.stack[:, slot, :], self.stack[:, m + slot, :] = usable * s, usable * y
+        products = self.stack @ xp.stack([self.stack[:, slot, :], self.stack[:, m + slot, :], p], axis=-2).mT  # (B, 2m, 3)
+        self.sy[:, slot, :], self.sy[:, :, slot] = products[:, m:, 0], products[:, :m, 1]
+        self.yy[:, slot, :], self.yy[:, :, slot] = products[:, m:, 1], products[:, m:, 1]
+        return products[:, :, 2]
+
+    def direction(self, p: Array, products: Array) -> Array:
+        """Minus the inverse Hessian of L-BFGS times p, in the compact form of Byrd, Nocedal & Schnabel 1994."""
+        xp, m = namespace(p), self.sy.shape[1]
+        at = xp.asarray(self.order, device=device_of(p))
+        sy, yy = (xp.take(xp.take(a, at, axis=1), at, axis=2) for a in (self.sy, self.yy))
+        D = xp.linalg.diagonal(sy)  # (B, age)
+        dead = D <= 0
+        gamma = self._scale(D, xp.linalg.diagonal(yy))
+        R = xp.triu(sy) + dead[:, :, None] * xp.eye(len(self.order), dtype=p.dtype, device=device_of(p))
+        along_s, along_y = xp.take(products[:, :m], at, axis=1), xp.take(products[:, m:], at, axis=1)
+        u = xp.linalg.solve(R, along_s[:, :, None])
+        middle = D[:, :, None] * u + gamma[:, None, None] * (yy @ u - along_y[:, :, None])
+        on_s = xp.linalg.solve(R.mT, middle)[:, :, 0]
+        back = xp.asarray(np.argsort(self.order), device=device_of(p))
+        coefficients = xp.concat([_spread(on_s, back, m), _spread(-gamma[:, None] * u[:, :, 0], back, m)], axis=1)
+        return -gamma[:, None] * p - (coefficients[:, None, :] @ self.stack)[:, 0, :]
+
+    def _scale(self, sy: Array, yy: Array) -> Array:
+        """s.y/y.y of each run's newest usable pair, 1 where there is none; (B, age) in, (B,) out."""
+        xp = namespace(sy)
+        gamma = xp.ones_like(sy[:, 0])
+        for i in range(sy.shape[1]):
+            gamma = xp.where(sy[:, i] > 0, sy[:, i] / xp.where(yy[:, i] > 0, yy[:, i], 1.0), gamma)
+        return gamma
+
+
+def _spread(values: Array, back: Array, m: int) -> Array:
+    """Coefficients by age (B, age) -> by slot (B, m), zero for empty slots."""
+    xp = namespace(values)
+    empty = xp.zeros((values.shape[0], m - values.shape[1]), dtype=values.dtype, device=device_of(values))
+    return xp.concat([xp.take(values, back, axis=1), empty], axis=1)
+
+
 def minimise(function: Balanced, x: Array, options: LBFGS) -> Minimum:
     """Minimise every run of `function` from x (B, n)."""
     xp = namespace(x)
@@ -51,10 +119,10 @@ def minimise(function: Balanced, x: Array, options: LBFGS) -> Minimum:
     steps = np.ones(batch, dtype=np.int64)
     runs = np.arange(batch)  # which run each row of the batch is
     used = np.ones(batch, dtype=np.int64)
-    pairs: list[tuple[Array, Array, Array]] = []  # (s, y, 1/(s.y) or 0), oldest first
+    pairs = _Pairs.empty(x, options.memory)
     best, stale = np.full(batch, np.inf), np.zeros(batch, dtype=np.int64)
+    p, d = function.projected(x, g), None
     while True:
-        p = function.projected(x, g)
         size = norm(p)
         scale = norm(x if function.penalty is None else function.penalty * x)
         done = (size <= options.tol * scale) | (size * size <= NEGLIGIBLE * xp.abs(f))
@@ -72,62 +140,40 @@ def minimise(function: Balanced, x: Array, options: LBFGS) -> Minimum:
             stop[runs[flag & ~leaving]] = reason
             leaving |= flag
         if leaving.any():
-            rows = _indices(np.flatnonzero(leaving), x)
-            at = _indices(runs[leaving], x)
+            rows, at = _indices(np.flatnonzero(leaving), x), _indices(runs[leaving], x)
             end_x[at, ...], end_f[at] = xp.take(x, rows, axis=0), xp.take(f, rows, axis=0)
             steps[runs[leaving]] = used[leaving]
             if leaving.all():
                 return Minimum(end_x, end_f, tuple(stop), steps)
             keep = np.flatnonzero(~leaving)
             at = _indices(keep, x)
-            function = function.pick(at)
+            function, pairs = function.pick(at), pairs.pick(at)
             x, f, g, p = (xp.take(a, at, axis=0) for a in (x, f, g, p))
-            pairs = [tuple(xp.take(a, at, axis=0) for a in pair) for pair in pairs]  # type: ignore[misc]
+            d = None if d is None else xp.take(d, at, axis=0)
             runs, used, best, stale = runs[keep], used[keep], best[keep], stale[keep]
-        d = _direction(function, x, g, p, pairs)
+        d = _first_step(x, p) if d is None else _downhill(x, g, p, d)
         x_new, f_new, g_new, evaluations = _search(function, x, f, g, d)
         used += evaluations
-        s, y = x_new - x, g_new - g
-        pairs.append(_pair(s, y))
-        pairs = pairs[-options.memory :]
+        p = function.projected(x_new, g_new)
+        products = pairs.push(x_new - x, g_new - g, p)
+        d = pairs.direction(p, products)
         x, f, g = x_new, f_new, g_new
 
 
-def _pair(s: Array, y: Array) -> tuple[Array, Array, Array]:
-    """(s, y, 1/(s.y)); 0 in place of 1/(s.y) where the curvature along s is not positive: such a pair is skipped."""
-    xp = namespace(s)
-    y = xp.where(s == 0, 0.0, y)  # coordinates held at their bound stay out of the metric
-    sy = xp.vecdot(s, y)
-    good = sy > 1e-14 * norm(s) * norm(y)
-    return s, y, xp.where(good, 1.0 / xp.where(good, sy, 1.0), 0.0)
-
-
-def _direction(function: Balanced, x: Array, g: Array, p: Array, pairs: list[tuple[Array, Array, Array]]) -> Array:
-    """Minus the L-BFGS inverse Hessian times the projected gradient, on the coordinates that are not held."""
+def _downhill(x: Array, g: Array, p: Array, d: Array) -> Array:
+    """d on the coordinates that are not held; the first step again where that is not a descent direction."""
     xp = namespace(x)
-    q, weights = xp.asarray(p, copy=True), []
-    for s, y, inverse in reversed(pairs):
-        weight = (inverse * xp.vecdot(s, q))[:, None]
-        weights.append(weight)
-        q -= weight * y
-    q *= _first_scale(x, p, pairs)
-    for (s, y, inverse), weight in zip(pairs, reversed(weights), strict=True):
-        q += (weight - (inverse * xp.vecdot(y, q))[:, None]) * s
-    d = xp.where((p == 0) & (g > 0), 0.0, -q)
+    d = xp.where((p == 0) & (g > 0), 0.0, d)
     uphill = xp.vecdot(d, p) >= 0
-    return xp.where(uphill[:, None], -p * _first_scale(x, p, []), d)
+    return xp.where(uphill[:, None], _first_step(x, p), d) if bool(xp.any(uphill)) else d
 
 
-def _first_scale(x: Array, p: Array, pairs: list[tuple[Array, Array, Array]]) -> Array:
-    """s.y/y.y of the newest usable pair; before there is one, a step of a tenth of ||x||, at most the gradient's own length."""
+def _first_step(x: Array, p: Array) -> Array:
+    """Steepest descent by a tenth of ||x||, at most the gradient's own length."""
     xp = namespace(x)
     size, reach = norm(p), 0.1 * norm(x)
-    scale = xp.where(size > 0, xp.minimum(reach / xp.where(size > 0, size, 1.0), xp.ones_like(size)), 1.0)
-    scale = xp.where(reach > 0, scale, xp.ones_like(size))
-    for _, y, inverse in pairs[-3:]:
-        usable = inverse > 0
-        scale = xp.where(usable, 1.0 / xp.where(usable, inverse * xp.vecdot(y, y), 1.0), scale)
-    return scale[:, None]
+    scale = xp.where((size > reach) & (reach > 0), reach / xp.where(size > 0, size, 1.0), xp.ones_like(size))
+    return -scale[:, None] * p
 
 
 def _search(function: Balanced, x: Array, f: Array, g: Array, d: Array) -> tuple[Array, Array, Array, NDArray[np.int64]]:
@@ -171,7 +217,7 @@ def _accepted(f: Array, f_new: Array, slope: Array, slope_new: Array) -> Array:
 
 
 def _project(function: Balanced, x: Array) -> Array:
-    return namespace(x).where(function.bounded & (x < 0), 0.0, x)
+    return namespace(x).maximum(x, function.lower)
 
 
 def _indices(rows: NDArray[np.int64], x: Array) -> Array:

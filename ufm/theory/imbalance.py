@@ -90,7 +90,7 @@ def dead_subset_gain(counts: ArrayLike, lam_w: ArrayLike, lam_h: ArrayLike, clas
 def dead_subset_value(
     counts: ArrayLike, lam_w: ArrayLike, lam_h: ArrayLike, dead: ArrayLike, class_weights: ArrayLike | None = None
 ) -> Floats:
-    """F_S = F* + sum_{k in S} gain_k, (...): energy of the stationary point where the classes of `dead` (..., K) bool are wrongly at zero."""
+    """F_S = F* + sum_{k in S} gain_k, (...): energy of the stationary point where the classes S of `dead` (..., K) are wrongly at zero."""
     n = _float(counts)
     zero = _share(n, class_weights) * np.log(n.shape[-1])
     return np.asarray(np.where(dead, zero, _class_values(n, lam_w, lam_h, class_weights)).sum(axis=-1))
@@ -160,9 +160,10 @@ def step_ratio(K: int, n_min: ArrayLike, lam_w: ArrayLike, lam_h: ArrayLike, min
 
 
 def step_complete_ratio(K: int, n_min: ArrayLike, lam_w: ArrayLike, lam_h: ArrayLike, minority: int | None = None) -> Floats:
-    """The ratio R from which the majority is at zero too, (...): larger root of (minority + majority R)^2 = q R, q = (K-1)/(K n_min lam_w lam_h).
+    """The ratio R from which the majority is at zero too, (...): larger root of (minority + majority R)^2 = q R.
 
-    Halves: (1+R)^2/R = 4 (K-1)/(K^3 n_min lam_w lam_h). NaN where no ratio lets the majority survive (q <= 4 minority majority).
+    q = (K-1)/(K n_min lam_w lam_h); halves: (1+R)^2/R = 4 (K-1)/(K^3 n_min lam_w lam_h).
+    NaN where no ratio lets the majority survive (q <= 4 minority majority).
     """
     small = K // 2 if minority is None else minority
     big = K - small

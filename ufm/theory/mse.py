@@ -86,7 +86,7 @@ class Diagonal(NamedTuple):
 
 
 def without_bias(counts: ArrayLike, lam_w: ArrayLike, lam_h: ArrayLike) -> Diagonal:
-    """Z = diag(z_k): orthogonal means and rows; at L = 1 z_k = (1 - kappa/sqrt(n_k))_+, with or without H >= 0; class k lost iff n_k <= kappa^2.
+    """Z = diag(z_k), with or without H >= 0; at L = 1, z_k = (1 - kappa/sqrt(n_k))_+ and class k is lost iff n_k <= kappa^2.
 
     ||h_k||^2 = (lambda/lam_h) (sqrt(n_k) z_k)^{2/(L+1)}/n_k,  ||w_k||^2 = (lam_h/lambda) (sqrt(n_k) z_k)^{2L/(L+1)}.
     """
