@@ -1,6 +1,44 @@
-"""ufm"""
+"""Unconstrained features models of neural collapse: their theory, a solver that finds the optimum, and the proof that it has.
+
+    problem = ufm.Problem(counts, width=..., features="relu", lam_w=..., lam_h=...)
+    ufm.predict(problem)            what theory says: value, regime, margins, Grams                    -> Prediction
+    ufm.solve(problem)              the minimiser, with a proven relative gap                          -> Solution
+    ufm.certify(problem, factors)   what any point is worth                                            -> Certificate
+
+Glossary: K classes of n_k samples, N in all; d the feature width; L the number of weight matrices after the free features; factors
+(H, W_1, ..., W_L[, b]), arrays (B, rows, cols) with columns = class means or samples; a problem is a grid of G cells of equal sizes, and
+`runs` starts each give B = G * runs runs, cell-major. The one convention of the objective is stated in `ufm.objective`.
+
+Rooms: counts, losses, problem (with the table of the papers' conventions), chain, starts, objective, certificate, theory, solvers, plots.
+Importing ufm loads numpy and the array-API shim only.
+"""
+
 from ufm import counts, losses, starts
 from ufm.certificate import certify
 from ufm.losses import MSE, CrossEntropy, Focal
-from ufm.problem import Problem
+from ufm.problem import PAPERS, Problem
+from ufm.records import Certificate, NoTheory, Prediction, Regime, Solution, Stop
 from ufm.solvers import solve
+from ufm.theory import predict
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MSE",
+    "PAPERS",
+    "Certificate",
+    "CrossEntropy",
+    "Focal",
+    "NoTheory",
+    "Prediction",
+    "Problem",
+    "Regime",
+    "Solution",
+    "Stop",
+    "certify",
+    "counts",
+    "losses",
+    "predict",
+    "solve",
+    "starts",
+]

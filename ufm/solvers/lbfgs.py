@@ -43,55 +43,56 @@ class Minimum:
 
 @dataclass(eq=False)
 class _Pairs:
-    """The last `memory` pairs of every run, s in the first half of `stack` (B, 2 memory, n) and y in the second, with their products.
+    """The last m pairs of every run and the newest gradient: rows s_1..s_m, y_1..y_m, p of `rows` (B, 2m + 1, n), and their products.
 
-    sy[:, i, j] = s_i.y_j and yy[:, i, j] = y_i.y_j; slots in `order` from oldest to newest; a pair without positive curvature is zero.
+    sy[:, i, j] = s_i.y_j where pair j is not older than i, yy[:, i, j] = y_i.y_j; slots in `order` from oldest to newest; a pair without
+    positive curvature is zero.
     """
 
-    stack: Array
+    rows: Array
     sy: Array
     yy: Array
     order: list[int]
 
     @classmethod
-    def empty(cls, x: Array, memory: int) -> _Pairs:
-        xp, B, m = namespace(x), x.shape[0], memory
-        stack, sy, yy = (xp.zeros(shape, dtype=x.dtype, device=device_of(x)) for shape in ((B, 2 * m, x.shape[1]), (B, m, m), (B, m, m)))
-        return cls(stack, sy, yy, [])
+    def empty(cls, x: Array, m: int) -> _Pairs:
+        xp, B = namespace(x), x.shape[0]
+        shapes = ((B, 2 * m + 1, x.shape[1]), (B, m, m), (B, m, m))
+        return cls(*(xp.zeros(shape, dtype=x.dtype, device=device_of(x)) for shape in shapes), [])
 
     def pick(self, runs: Array) -> _Pairs:
         """The given runs alone."""
-        return _Pairs(*(namespace(a).take(a, runs, axis=0) for a in (self.stack, self.sy, self.yy)), self.order)
+        return _Pairs(*(namespace(a).take(a, runs, axis=0) for a in (self.rows, self.sy, self.yy)), self.order)
 
     def push(self, s: Array, y: Array, p: Array) -> Array:
-        """Replace the oldest pair by (s, y), and return the products (B, 2 memory) of every s and y with p."""
+        """Replace the oldest pair by (s, y), the gradient by p, and return the products (B, 2m + 1) of every row with p."""
         xp, m = namespace(s), self.sy.shape[1]
         y = xp.where(s == 0, 0.0, y)  # coordinates held at their bound stay out of the metric
-        usable = xp.astype(xp.vecdot(s, y) > 1e-14 * norm(s) * norm(y), s.dtype)[:, None]
+        useless = xp.vecdot(s, y) <= 1e-14 * norm(s) * norm(y)
+        if bool(xp.any(useless)):
+            s, y = (xp.where(useless[:, None], 0.0, a) for a in (s, y))
         slot = len(self.order) if len(self.order) < m else self.order[0]
         self.order = [*[i for i in self.order if i != slot], slot]
-        self.stack[:, slot, :], self.stack[:, m + slot, :] = usable * s, usable * y
-        products = self.stack @ xp.stack([self.stack[:, slot, :], self.stack[:, m + slot, :], p], axis=-2).mT  # (B, 2m, 3)
-        self.sy[:, slot, :], self.sy[:, :, slot] = products[:, m:, 0], products[:, :m, 1]
-        self.yy[:, slot, :], self.yy[:, :, slot] = products[:, m:, 1], products[:, m:, 1]
-        return products[:, :, 2]
+        self.rows[:, slot, :], self.rows[:, m + slot, :], self.rows[:, 2 * m, :] = s, y, p
+        products = self.rows @ self.rows[:, m + slot :: m - slot, :].mT  # with y and p, (B, 2m + 1, 2)
+        self.sy[:, :, slot] = products[:, :m, 0]
+        self.yy[:, slot, :], self.yy[:, :, slot] = products[:, m : 2 * m, 0], products[:, m : 2 * m, 0]
+        return products[:, :, 1]
 
-    def direction(self, p: Array, products: Array) -> Array:
+    def direction(self, products: Array) -> Array:
         """Minus the inverse Hessian of L-BFGS times p, in the compact form of Byrd, Nocedal & Schnabel 1994."""
-        xp, m = namespace(p), self.sy.shape[1]
-        at = xp.asarray(self.order, device=device_of(p))
+        xp, m = namespace(products), self.sy.shape[1]
+        at = xp.asarray(self.order, device=device_of(products))
         sy, yy = (xp.take(xp.take(a, at, axis=1), at, axis=2) for a in (self.sy, self.yy))
         D = xp.linalg.diagonal(sy)  # (B, age)
-        dead = D <= 0
-        gamma = self._scale(D, xp.linalg.diagonal(yy))
-        R = xp.triu(sy) + dead[:, :, None] * xp.eye(len(self.order), dtype=p.dtype, device=device_of(p))
-        along_s, along_y = xp.take(products[:, :m], at, axis=1), xp.take(products[:, m:], at, axis=1)
-        u = xp.linalg.solve(R, along_s[:, :, None])
-        middle = D[:, :, None] * u + gamma[:, None, None] * (yy @ u - along_y[:, :, None])
-        on_s = xp.linalg.solve(R.mT, middle)[:, :, 0]
-        back = xp.asarray(np.argsort(self.order), device=device_of(p))
-        coefficients = xp.concat([_spread(on_s, back, m), _spread(-gamma[:, None] * u[:, :, 0], back, m)], axis=1)
-        return -gamma[:, None] * p - (coefficients[:, None, :] @ self.stack)[:, 0, :]
+        gamma = self._scale(D, xp.linalg.diagonal(yy))[:, None]
+        R = xp.triu(sy) + xp.astype(D <= 0, D.dtype)[:, :, None] * xp.eye(len(self.order), dtype=D.dtype, device=device_of(D))
+        along_s, along_y = (xp.take(a, at, axis=1)[:, :, None] for a in (products[:, :m], products[:, m : 2 * m]))
+        u = xp.linalg.solve(R, along_s)
+        on_s = xp.linalg.solve(R.mT, D[:, :, None] * u + gamma[:, :, None] * (yy @ u - along_y))[:, :, 0]
+        back = xp.asarray(np.argsort(self.order), device=device_of(products))
+        weights = xp.concat([_spread(-on_s, back, m), _spread(gamma * u[:, :, 0], back, m), -gamma], axis=1)
+        return (weights[:, None, :] @ self.rows)[:, 0, :]
 
     def _scale(self, sy: Array, yy: Array) -> Array:
         """s.y/y.y of each run's newest usable pair, 1 where there is none; (B, age) in, (B,) out."""
@@ -155,8 +156,7 @@ def minimise(function: Balanced, x: Array, options: LBFGS) -> Minimum:
         x_new, f_new, g_new, evaluations = _search(function, x, f, g, d)
         used += evaluations
         p = function.projected(x_new, g_new)
-        products = pairs.push(x_new - x, g_new - g, p)
-        d = pairs.direction(p, products)
+        d = pairs.direction(pairs.push(x_new - x, g_new - g, p))
         x, f, g = x_new, f_new, g_new
 
 
@@ -182,8 +182,9 @@ def _search(function: Balanced, x: Array, f: Array, g: Array, d: Array) -> tuple
     x_new = _project(function, x + d)
     f_new, g_new = function.value_and_gradient(x_new)
     evaluations = np.ones(x.shape[0], dtype=np.int64)
-    slope = xp.vecdot(g, x_new - x)
-    pending = np.flatnonzero(~to_numpy(_accepted(f, f_new, slope, xp.vecdot(g_new, x_new - x))))
+    move = x_new - x
+    slope = xp.vecdot(g, move)
+    pending = np.flatnonzero(~to_numpy(_accepted(f, f_new, slope, xp.vecdot(g_new, move))))
     t = np.ones(len(pending))
     for _ in range(30):
         if not len(pending):
