@@ -13,9 +13,22 @@ from numpy.typing import NDArray
 
 Array = Any  # an array of numpy, torch or any library of the array standard
 
-__all__ = ["Array", "block_size", "column_sums", "device_of", "flatten", "like", "namespace", "norm", "one_hot", "place", "safe_exp_sum", "to_numpy"]
+__all__ = [
+    "Array",
+    "block_size",
+    "column_sums",
+    "device_of",
+    "flatten",
+    "like",
+    "namespace",
+    "norm",
+    "one_hot",
+    "place",
+    "safe_exp_sum",
+    "to_numpy",
+]
 
-BLOCK_BYTES = 8e6  # working set of a block on a CPU: past a core's own cache, but large enough to hide the cost of a call
+BLOCK_BYTES = 8e6  # of a block on a CPU: more than a core's own cache, but enough to hide the cost of a call
 
 
 def like(values: Any, x: Array) -> Array:

@@ -4,7 +4,8 @@ For L = 1 and a convex loss, any slopes q_k = -(n_k/N) g_k with dual norm gamma�
 
     F* >= -sum_k (n_k/N) loss*(g_k) - ||sum_k q_k||^2/(2 lam_b)      (free bias: sum_k q_k = 0 instead; no bias: no such term)
 
-gamma° is the spectral norm without ReLU, and rho = max {||Qt v|| : v >= 0, ||v|| = 1} with it (Dang et al. 2024; relu_imbalance, section 4).
+gamma° is the spectral norm without ReLU, and rho = max {||Qt v|| : v >= 0, ||v|| = 1} with it
+(the convex form of the ReLU model of Dang et al. 2024).
 Deep linear MSE has von Neumann's bound. Everything else is NaN: not proven.
 """
 
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ufm.arrays import Array, to_numpy
+from ufm.losses import ConvexLoss
 from ufm.objective import balanced, objective
 from ufm.problem import Problem
 from ufm.records import Certificate, Regime
@@ -65,7 +67,7 @@ def per_run(problem: Problem, factors: Sequence[Array]) -> tuple[Problem, tuple[
         raise ValueError(f"certify: the factors have shapes {got}, but the problem needs {[('B', *s) for s in shapes]}, the same B for all")
     batch = got[0][0]
     if batch == 0 or batch % problem.cells:
-        raise ValueError(f"certify: the factors hold {batch} runs, but the problem has {problem.cells} cells; give the same number of runs per cell")
+        raise ValueError(f"certify: the factors hold {batch} runs, but the problem {problem.cells} cells; give as many runs for each")
     if not all(np.all(np.isfinite(p)) for p in points):
         raise ValueError("certify: the factors hold NaN or infinity; only finite points can be certified")
     if problem.features == "relu" and np.any(points[0] < 0):
@@ -82,8 +84,8 @@ def dual_bound(rows: Problem, points: Sequence[Floats]) -> Dual:
     """The lower bound each point of a one-run-per-cell problem proves."""
     B, K = rows.counts.shape
     nothing = Dual(np.full(B, np.nan), np.full(B, np.nan), np.full(B, ""), [np.zeros((0, K))] * B, np.zeros((B, K, K)))
-    if rows.depth == 1 and hasattr(rows.loss, "conjugate"):
-        return _convex_bound(rows, points)
+    if rows.depth == 1 and isinstance(rows.loss, ConvexLoss):
+        return _convex_bound(rows, rows.loss, points)
     if rows.depth > 1 and rows.loss.name == "MSE" and rows.activation == "linear" and (rows.lam_b is None or np.all(rows.lam_b == 0)):
         lower = np.array([_von_neumann(rows.cell(i)) for i in range(B)])
         return nothing._replace(lower=lower, bound=np.full(B, "von Neumann"))
@@ -91,23 +93,23 @@ def dual_bound(rows: Problem, points: Sequence[Floats]) -> Dual:
     return nothing._replace(bound=np.full(B, reason))
 
 
-def _convex_bound(rows: Problem, points: Sequence[Floats]) -> Dual:
+def _convex_bound(rows: Problem, loss: ConvexLoss, points: Sequence[Floats]) -> Dual:
     """Fenchel duality at the class averages of the slopes (exact for columns that are samples, too: NC1 holds at the optimum)."""
     B, K = rows.counts.shape
     n, N = rows.counts.astype(np.float64), rows.samples[:, None].astype(np.float64)
     membership = np.eye(K)[rows.labels] * (rows.multiplicity / np.take_along_axis(n, rows.labels, axis=1))[:, :, None]
     slopes = objective(rows).slope(points) @ membership  # (B, K, K)
-    targets = rows.loss.targets(np.broadcast_to(np.eye(K), (B, K, K)), rows.counts)
+    targets = loss.targets(np.broadcast_to(np.eye(K), (B, K, K)), rows.counts)
     weight = n / N
     if rows.lam_b is not None and np.any(rows.lam_b == 0):
-        slopes = np.where((rows.lam_b == 0)[:, None, None], rows.loss.recentre(slopes, targets, weight), slopes)
+        slopes = np.where((rows.lam_b == 0)[:, None, None], loss.recentre(slopes, targets, weight), slopes)
     limit = np.sqrt(rows.lam_w[:, 0]) * np.sqrt(rows.lam_h)
     Qt = -slopes * (np.sqrt(n) / N)[:, None, :]
     with np.errstate(divide="ignore", invalid="ignore"):
         Qt = np.where(Qt == 0, 0.0, Qt / limit[:, None, None])
     rho, bound, atoms = dual_norm(Qt, rectified=rows.features != "free")
     feasible = slopes / np.maximum(rho, 1.0)[:, None, None]
-    lower = -np.sum(weight * rows.loss.conjugate(feasible, targets), axis=1)
+    lower = -np.sum(weight * loss.conjugate(feasible, targets), axis=1)
     if rows.lam_b is not None:
         total = np.sum(np.sum(weight[:, None, :] * feasible, axis=2) ** 2, axis=1)
         lower = lower - np.where(rows.lam_b > 0, total / (2 * np.where(rows.lam_b > 0, rows.lam_b, 1.0)), 0.0)
@@ -194,14 +196,15 @@ def _best_support(A: Floats) -> tuple[float, Floats]:
         if values[at] > best:
             best, witness = float(values[at]), np.zeros(K)
             witness[supports[at]] = np.maximum(lead[at], 0.0)
-    return best, witness / np.linalg.norm(witness)
+    witness /= np.linalg.norm(witness)
+    return best, witness
 
 
 def _ascend(A: Floats, v: Floats) -> Floats:
     """Projected power iterations v <- (Av)_+ normalised, until they stand still: v'Av never falls."""
     for _ in range(1000):
-        new = np.maximum(A @ v, 0.0)
-        new = new / np.linalg.norm(new)
+        new: Floats = np.maximum(A @ v, 0.0)
+        new /= np.linalg.norm(new)
         if np.max(np.abs(new - v)) < 1e-13:
             return new
         v = new
@@ -227,12 +230,12 @@ def _scalar_minimum(sigma: float, N: float, p: int, g: float) -> float:
     """min over s in [0, sigma] of (s - sigma)^2/(2N) + (p/2) g s^{2/p}: the value at 0 or at the largest stationary point, by bisection."""
 
     def energy(s: float) -> float:
-        return (s - sigma) ** 2 / (2 * N) + 0.5 * p * g * s ** (2 / p)
+        return (s - sigma) ** 2 / (2 * N) + 0.5 * p * g * float(s ** (2 / p))
 
     def slope(s: float) -> float:
-        return (s - sigma) / N + g * s ** (2 / p - 1)
+        return (s - sigma) / N + g * float(s ** (2 / p - 1))
 
-    bottom = (N * g * (1 - 2 / p)) ** (p / (2 * p - 2))  # the slope is convex; its least value
+    bottom = float((N * g * (1 - 2 / p)) ** (p / (2 * p - 2)))  # the slope is convex; its least value
     if sigma <= 0 or slope(bottom) >= 0:
         return sigma**2 / (2 * N)
     low, high = bottom, sigma
@@ -244,7 +247,7 @@ def _scalar_minimum(sigma: float, N: float, p: int, g: float) -> float:
 
 def regimes(rows: Problem, points: Sequence[Floats], value: Floats) -> tuple[tuple[Regime, ...], NDArray[np.bool_]]:
     """The regime each point is in, and which classes have a zero mean feature (B, K)."""
-    B, K = rows.counts.shape
+    K = rows.classes
     frame = balanced(rows)
     H = frame.unpack(frame.from_factors(points))[0]
     if rows.features == "relu_of_free":

@@ -94,13 +94,13 @@ class CrossEntropy:
         trivial = {"class_weights": 1.0, "logit_adjustment": 0.0, "temperature": 1.0}
         table: dict[str, Floats | None] = {}
         for name, value in given.items():
-            if value is not None and value.ndim and (value.shape[-1] != counts.shape[1] or value.ndim == 2 and len(value) not in (1, len(counts))):
+            G, K = counts.shape
+            if value is not None and value.ndim and value.shape not in ((K,), (1, K), (G, K)):
                 raise ValueError(
-                    f"Problem: the loss's {name} has shape {value.shape}, but there are G = {len(counts)} cells of K = {counts.shape[1]} classes; "
-                    "give (K,) or (G, K)"
+                    f"Problem: the loss's {name} has shape {value.shape}, but there are G = {G} cells of K = {K} classes; give (K,) or (G, K)"
                 )
             same = value is None or bool(np.all(value == trivial[name]))
-            table[name] = None if same else np.array(np.broadcast_to(value, counts.shape), dtype=np.float64)  # type: ignore[arg-type]
+            table[name] = None if same else np.array(np.broadcast_to(value, counts.shape), dtype=np.float64)
         return table
 
     def targets(self, onehot: Floats, counts: NDArray[np.int64]) -> Targets:
@@ -311,6 +311,7 @@ def from_autograd(value: Callable[[Any, Any], Any]) -> FromAutograd:
 
 
 Loss = CrossEntropy | MSE | Focal | FromAutograd
+ConvexLoss = CrossEntropy | MSE
 
 TABLE = {
     "CE": CrossEntropy,

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ufm.arrays import Array, flatten, namespace, norm, place
 from ufm.chain import Chain, Factors, forward, pullback, push, push_pullback, rectify
@@ -218,8 +217,13 @@ class Balanced:
         def take(x: Array) -> Array:
             return namespace(x).take(x, runs, axis=0)
 
-        penalty = None if self.penalty is None else take(self.penalty)
-        return replace(self, objective=self.objective.pick(runs), unit=take(self.unit), penalty=penalty, scales=tuple(map(take, self.scales)))
+        return replace(
+            self,
+            objective=self.objective.pick(runs),
+            unit=take(self.unit),
+            penalty=None if self.penalty is None else take(self.penalty),
+            scales=tuple(map(take, self.scales)),
+        )
 
 
 def balanced(problem: Problem, runs: int = 1, device: str = "numpy") -> Balanced:
@@ -253,7 +257,13 @@ def balanced(problem: Problem, runs: int = 1, device: str = "numpy") -> Balanced
     def spread(x: Any) -> Array:
         return place(np.repeat(x, runs, axis=0), device)
 
-    rescaled = replace(natural, column_weight=natural.column_weight / unit, column_scale=1.0 / root_m, penalties=tuple(penalties), bias_scale=units[-1] if natural.chain.bias else None)
+    rescaled = replace(
+        natural,
+        column_weight=natural.column_weight / unit,
+        column_scale=1.0 / root_m,
+        penalties=tuple(penalties),
+        bias_scale=units[-1] if natural.chain.bias else None,
+    )
     return Balanced(
         rescaled.map(spread),
         spread(unit[:, 0, 0]),

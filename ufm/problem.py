@@ -58,7 +58,9 @@ class Problem:
         counts = _counts(self.counts)
         lam_w = _penalty("lam_w", self.lam_w)
         if lam_w.ndim == 2 and lam_w.shape[1] != self.depth:
-            raise ValueError(f"Problem: lam_w has {lam_w.shape[1]} columns, but depth = {self.depth}; give one column per weight matrix, W_1 first")
+            raise ValueError(
+                f"Problem: lam_w has {lam_w.shape[1]} columns, but depth = {self.depth}; give one column per weight matrix, W_1 first"
+            )
         given = {"counts": counts, "lam_w": lam_w if lam_w.ndim == 2 else lam_w[:, None], "lam_h": _penalty("lam_h", self.lam_h)}
         if self.lam_b is not None:
             given["lam_b"] = _penalty("lam_b", self.lam_b)
@@ -147,10 +149,14 @@ CHOICES = {
 def _counts(value: Any) -> Ints:
     array = np.asarray(value)
     if array.ndim not in (1, 2) or array.shape[-1] < 2 or array.dtype.kind not in "iuf" or not array.size:
-        raise ValueError(f"Problem: counts has shape {array.shape} and type {array.dtype}, but must be numbers (K,) or (G, K) with K >= 2 classes")
+        raise ValueError(
+            f"Problem: counts has shape {array.shape} and type {array.dtype}, but must be numbers (K,) or (G, K) with K >= 2 classes"
+        )
     bad = ~(np.isfinite(array) & (array >= 1) & (array == np.floor(array)) & (array < 2.0**53))
     if bad.any():
-        raise ValueError(f"Problem: counts holds {array[bad][0]}, but every class needs a whole number of samples, at least 1; leave empty classes out")
+        raise ValueError(
+            f"Problem: counts holds {array[bad][0]}, but every class needs a whole number of samples, at least 1; leave empty classes out"
+        )
     return np.atleast_2d(array).astype(np.int64)
 
 
@@ -213,6 +219,8 @@ PAPERS = {
         "mean CE/2 over a batch of B + w/2 |W|^2 + h/2 sum_batch |h_i|^2 + b/2 |b|^2, in expectation (released code of Dang et al. 2024)",
         lambda N, B: (2.0, 2.0 * B / N, 2.0),
     ),
-    "minibatch_sum": Convention("mean loss over a batch of B + w/2 |W|^2 + h/2 sum_batch |h_i|^2 + b/2 |b|^2", lambda N, B: (1.0, B / N, 1.0)),
+    "minibatch_sum": Convention(
+        "mean loss over a batch of B + w/2 |W|^2 + h/2 sum_batch |h_i|^2 + b/2 |b|^2, in expectation", lambda N, B: (1.0, B / N, 1.0)
+    ),
     "weight_decay": Convention("mean loss; the optimiser adds w W, h h_i, b b to the gradients of W, h_i, b", lambda N, B: (1.0, 1.0, 1.0)),
 }

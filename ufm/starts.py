@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -82,7 +83,7 @@ class Spectral:
         r = min(int(np.sum(s > 1e-12 * s[0])), cell.width)
         root = np.abs(self.scale * generator.standard_normal(r)) ** (1.0 / (cell.depth + 1))
         frames = [Vt[:r].T, *(_semi_orthogonal(generator, cell.width, r) for _ in range(cell.depth)), U[:, :r]]
-        factors = [after * root @ before.T for before, after in zip(frames[:-1], frames[1:], strict=True)]
+        factors = [after * root @ before.T for before, after in pairwise(frames)]
         return [factors[0] / root_m, *factors[1:], np.zeros((cell.classes, 1))]
 
 
@@ -124,7 +125,7 @@ def first_factors(problem: Problem, start: Start | Given, runs: int, seed: int, 
 def _checked(given: Sequence[Any], shapes: Sequence[tuple[int, int]], batch: int) -> list[Floats]:
     arrays = [np.asarray(to_numpy(f), dtype=np.float64) for f in given]
     if len(arrays) != len(shapes):
-        raise ValueError(f"starts.given: got {len(arrays)} factors, but the problem has {len(shapes)}; give (H, W_1, ..., W_L) and b where it has one")
+        raise ValueError(f"starts.given: got {len(arrays)} factors, but the problem has {len(shapes)}; give (H, W_1, ..., W_L[, b])")
     for i, (array, shape) in enumerate(zip(arrays, shapes, strict=True)):
         if array.shape[-2:] != shape or (array.ndim != 2 and array.shape != (batch, *shape)):
             raise ValueError(f"starts.given: factor {i} has shape {array.shape}, but the problem needs {shape} or {(batch, *shape)}")

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ufm.certificate import dual_bound, rounded
+from ufm.losses import ConvexLoss
 from ufm.objective import Balanced, balanced
 from ufm.problem import Problem
 from ufm.records import Stop
@@ -26,9 +27,9 @@ CHECK = 20  # iterations between two looks at the gap
 
 def convex(rows: Problem, x: Floats, tol: float, max_steps: int, device: str) -> Outcome:
     """Accelerated proximal gradient with restarts (O'Donoghue & Candès 2015) from the logits of x (B, n); numpy on the CPU only."""
-    if rows.depth != 1 or rows.features == "relu_of_free" or rows.columns != "means" or not hasattr(rows.loss, "conjugate"):
+    if rows.depth != 1 or rows.features == "relu_of_free" or rows.columns != "means" or not isinstance(rows.loss, ConvexLoss):
         raise ValueError(
-            "solve: method='convex' needs depth=1, features 'free' or 'relu', columns='means' and a convex loss; use method='robust' or 'lbfgs'"
+            "solve: method='convex' needs depth=1, features 'free' or 'relu', columns='means' and a convex loss; use method='robust'"
         )
     if np.any(rows.lam_w * rows.lam_h[:, None] == 0):
         raise ValueError("solve: method='convex' needs lam_w > 0 and lam_h > 0 (there is no norm to take without them)")
@@ -80,19 +81,14 @@ def _one(cell: Problem, x: Floats, tol: float, max_steps: int) -> Outcome:
 
 
 def _smooth(frame: Balanced, point: _Point) -> tuple[float, _Point]:
-    """The smooth part of F/unit and its gradient."""
-    objective = frame.objective
-    Z = point.X[None] * objective.column_scale
-    bias = objective.bias_scale is not None
-    Z = Z + objective.bias_scale * point.b if bias else Z
-    losses, slope = objective.loss.value_and_slope(Z, objective.targets)
-    slope = slope * objective.column_weight
-    value = float(np.sum(losses * objective.column_weight[:, 0]))
+    """The smooth part of F/unit and its gradient: the loss of the chain with features I and weights X, and the bias's penalty."""
+    bias = frame.objective.chain.bias
+    factors = [np.eye(len(point.X))[None], point.X[None], *([point.b[None]] if bias else [])]
+    loss, slopes = frame.objective.loss_part(factors)
     if not bias:
-        return value, _Point((slope * objective.column_scale)[0], np.zeros_like(point.b))
-    pull = objective.penalties[-1] * point.b
-    total = (objective.bias_scale * slope.sum(axis=-1, keepdims=True) + pull)[0]
-    return value + 0.5 * float(np.sum(pull * point.b)), _Point((slope * objective.column_scale)[0], total)
+        return float(loss[0]), _Point(slopes[1][0], np.zeros_like(point.b))
+    pull = (frame.objective.penalties[-1] * point.b)[0]
+    return float(loss[0]) + 0.5 * float(np.sum(pull * point.b)), _Point(slopes[1][0], slopes[2][0] + pull)
 
 
 def _singular_values(X: Floats, by: float) -> Floats:
@@ -122,7 +118,7 @@ def _factored(cell: Problem, frame: Balanced, point: _Point) -> Floats:
         U, Vt = point.X / np.where(s > 0, s, 1.0), np.eye(cell.classes)
     live = np.flatnonzero(s > 1e-14 * s.max(initial=0.0))
     if len(live) > cell.width:
-        raise ValueError(f"solve: method='convex' found an optimum of rank {len(live)}, but width is {cell.width}; use a width of at least {len(live)}")
+        raise ValueError(f"solve: method='convex' found rank {len(live)}, but width is {cell.width}; use a width of at least {len(live)}")
     H, W = np.zeros((1, cell.width, cell.classes)), np.zeros((1, cell.classes, cell.width))
     root = np.sqrt(s[live])
     H[0, : len(live)], W[0, :, : len(live)] = root[:, None] * Vt[live], U[:, live] * root

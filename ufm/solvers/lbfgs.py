@@ -57,12 +57,14 @@ class _Pairs:
     @classmethod
     def empty(cls, x: Array, m: int) -> _Pairs:
         xp, B = namespace(x), x.shape[0]
-        shapes = ((B, 2 * m + 1, x.shape[1]), (B, m, m), (B, m, m))
-        return cls(*(xp.zeros(shape, dtype=x.dtype, device=device_of(x)) for shape in shapes), [])
+        rows = xp.zeros((B, 2 * m + 1, x.shape[1]), dtype=x.dtype, device=device_of(x))
+        sy, yy = (xp.zeros((B, m, m), dtype=x.dtype, device=device_of(x)) for _ in range(2))
+        return cls(rows, sy, yy, [])
 
     def pick(self, runs: Array) -> _Pairs:
         """The given runs alone."""
-        return _Pairs(*(namespace(a).take(a, runs, axis=0) for a in (self.rows, self.sy, self.yy)), self.order)
+        rows, sy, yy = (namespace(a).take(a, runs, axis=0) for a in (self.rows, self.sy, self.yy))
+        return _Pairs(rows, sy, yy, self.order)
 
     def push(self, s: Array, y: Array, p: Array) -> Array:
         """Replace the oldest pair by (s, y), the gradient by p, and return the products (B, 2m + 1) of every row with p."""

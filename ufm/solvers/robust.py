@@ -1,9 +1,8 @@
 """The robust loop: solve, merge parallel coordinates, certify, seed a violating atom, repeat; it stops on the proven gap.
 
-Plain descent often ends at points where a class is wrongly dead (Dang et al. 2024 model; relu_imbalance, sections 6 and 8): the dual bound
-names the missing atom u v^T, merging frees a coordinate for it, and the objective falls at the rate (rho - 1) sqrt(lam_w lam_h).
-Merging and seeding need L = 1. Deeper chains whose bound is not met are
-solved once more from an aligned start.
+Plain descent often ends where a class is wrongly dead (the ReLU model of Dang et al. 2024). The dual bound names the missing atom u v^T,
+merging frees a coordinate for it, and the objective falls at the rate (rho - 1) sqrt(lam_w lam_h). Merging and seeding need L = 1; deeper
+chains whose bound is not met are solved once more from an aligned start.
 """
 
 from __future__ import annotations
