@@ -44,7 +44,10 @@ def place(values: NDArray[np.float64], device: str) -> Array:
         import torch
     except ImportError as error:
         raise ImportError(f"device {device!r} needs torch; install the extra: pip install ufm[torch]") from error
-    return torch.as_tensor(values, device=device)
+    try:
+        return torch.as_tensor(values, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} is not to be had here ({error}); use 'numpy' or 'cpu'") from error
 
 
 def to_numpy(x: Array) -> NDArray[Any]:
@@ -52,7 +55,7 @@ def to_numpy(x: Array) -> NDArray[Any]:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):
         return np.asarray(x.detach().cpu().numpy())
-    if hasattr(x, "to_device") and not isinstance(x, np.ndarray):
+    if hasattr(x, "to_device") and not isinstance(x, (np.ndarray, np.generic)):
         x = x.to_device(type(device_of(x))("CPU_DEVICE"))
     return np.asarray(x)
 

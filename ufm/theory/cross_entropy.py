@@ -89,8 +89,8 @@ def softmax(b: ArrayLike) -> Floats:
 def bias_alone_value(shares: ArrayLike, b: ArrayLike, lam_b: float | None) -> Floats:
     """sum_k p_k CE(b, k) + (lam_b/2)||b||^2, (...): the value where every feature is zero."""
     p, x = np.asarray(shares, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    top = x.max(axis=-1, keepdims=True)
-    loss = np.log(np.exp(x - top).sum(axis=-1, keepdims=True)) - (x - top)
+    top, first = x.max(axis=-1, keepdims=True), x.argmax(axis=-1)[..., None] == np.arange(x.shape[-1])
+    loss = np.log1p(np.where(first, 0.0, np.exp(x - top)).sum(axis=-1, keepdims=True)) + (top - x)
     return np.asarray((p * loss).sum(axis=-1) + (lam_b or 0.0) / 2 * (x * x).sum(axis=-1))
 
 
