@@ -81,16 +81,17 @@ def minority_collapse(options: Options) -> list[results.Row]:
     """One row a cell: the certified optimum, the prediction, and whether they agree."""
     from tqdm import tqdm
 
-    ratios, lams = np.geomspace(*RATIOS, options.cells), np.geomspace(*LAMBDAS, options.cells)
+    grid = list(product(np.geomspace(*RATIOS, options.cells), np.geomspace(*LAMBDAS, options.cells)))
     rows = []
-    for pattern, ratio in tqdm(list(product(PATTERNS, ratios)), unit="column", disable=None, mininterval=0.5):
-        counts = PATTERNS[pattern](ratio)
-        N = counts.sum()
-        problem = ufm.Problem(counts, width=2 * K, features="relu", lam_w=lams, lam_h=lams)
-        found = ufm.solve(problem, seed=options.seed, tol=options.tol, device=options.device)
+    for pattern, counts_of in PATTERNS.items():
+        lams = np.array([lam for _, lam in grid])
+        problem = ufm.Problem([counts_of(ratio) for ratio, _ in grid], width=2 * K, features="relu", lam_w=lams, lam_h=lams)
+        with tqdm(total=len(grid), desc=pattern, unit="cell", disable=None, mininterval=0.5) as bar:
+            found = ufm.solve(problem, seed=options.seed, tol=options.tol, device=options.device, progress=bar.update)
         theory = ufm.predict(problem)
-        lam_k = np.sqrt(counts * (K - 1) / K) / N  # kappa^2 K/(K-1) = n_k
-        for g, lam in enumerate(lams):
+        for g, (ratio, lam) in enumerate(grid):
+            counts, N = problem.counts[g], problem.samples[g]
+            lam_k = np.sqrt(counts * (K - 1) / K) / N  # kappa^2 K/(K-1) = n_k
             same = found.regime[g] == theory.regime[g] and np.array_equal(found.collapsed[g], theory.collapsed[g])
             rows.append(
                 {"pattern": pattern, "ratio": ratio, "n_min": counts[-1], "n_max": counts[0], "N": N, "lam": lam}

@@ -71,10 +71,11 @@ def _one(cell: Problem, x: Floats, tol: float, max_steps: int) -> Outcome:
         uphill = sum(float(np.sum(m * (p - q))) for m, p, q in zip(move, new, point, strict=True)) < 0
         previous, point = point, new
         momentum, L = (1.0 if uphill else next_momentum), L * 0.98
-        if step % CHECK < 2 and _gap(cell, frame, point) <= tol:
+        still = L * float(np.linalg.norm(move.X)) <= 1e-3 * tol * float(np.linalg.norm(slope.X))
+        if (still or step % CHECK < 2) and _gap(cell, frame, point) <= tol:
             stop = Stop.GAP
             break
-        if L * float(np.linalg.norm(move.X)) <= 1e-3 * tol * float(np.linalg.norm(slope.X)):
+        if still:
             stop = Stop.GRADIENT
             break
     return Outcome(_factored(cell, frame, point), (stop,), np.array([step]), np.array([1]))

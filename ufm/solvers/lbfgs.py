@@ -143,8 +143,8 @@ def minimise(function: Balanced, x: Array, options: LBFGS) -> Minimum:
             stop[runs[flag & ~leaving]] = reason
             leaving |= flag
         if leaving.any():
-            rows, at = _indices(np.flatnonzero(leaving), x), _indices(runs[leaving], x)
-            end_x[at, ...], end_f[at] = xp.take(x, rows, axis=0), xp.take(f, rows, axis=0)
+            rows, at = _indices(np.flatnonzero(leaving), x), _mask(runs[leaving], batch, x)
+            end_x[at], end_f[at] = xp.take(x, rows, axis=0), xp.take(f, rows, axis=0)
             steps[runs[leaving]] = used[leaving]
             if leaving.all():
                 return Minimum(end_x, end_f, tuple(stop), steps)
@@ -202,13 +202,14 @@ def _search(function: Balanced, x: Array, f: Array, g: Array, d: Array) -> tuple
         F_new, G_new = part.value_and_gradient(X_new)
         move = X_new - X
         drop_new = xp.vecdot(G, move)
-        x_new[at, ...], f_new[at], g_new[at, ...], slope[at] = X_new, F_new, G_new, drop_new
+        rows = _mask(pending, x.shape[0], x)
+        x_new[rows], f_new[rows], g_new[rows], slope[rows] = X_new, F_new, G_new, drop_new
         evaluations[pending] += 1
         failed = ~to_numpy(_accepted(F, F_new, drop_new, xp.vecdot(G_new, move)))
         pending, t = pending[failed], t[failed]
     if len(pending):
-        at = _indices(pending, x)
-        x_new[at, ...], f_new[at], g_new[at, ...] = (xp.take(a, at, axis=0) for a in (x, f, g))
+        at, rows = _indices(pending, x), _mask(pending, x.shape[0], x)
+        x_new[rows], f_new[rows], g_new[rows] = (xp.take(a, at, axis=0) for a in (x, f, g))
     return x_new, f_new, g_new, evaluations
 
 
@@ -225,3 +226,10 @@ def _project(function: Balanced, x: Array) -> Array:
 
 def _indices(rows: NDArray[np.int64], x: Array) -> Array:
     return namespace(x).asarray(rows, device=device_of(x))
+
+
+def _mask(rows: NDArray[np.int64], batch: int, x: Array) -> Array:
+    """(batch,) bool, true at `rows`: the one kind of index the array standard lets one assign to."""
+    mask = np.zeros(batch, dtype=bool)
+    mask[rows] = True
+    return namespace(x).asarray(mask, device=device_of(x))

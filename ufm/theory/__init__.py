@@ -74,8 +74,8 @@ def predict(problem: Problem) -> Prediction:
     """The global optimum of every cell: value, regime, distance to the nearest regime boundary, margins, logits, Grams, bias, source.
 
     A cell without a closed form has NaN and says why in `source`; its regime and distance are given where they are exactly known, else
-    UNKNOWN and NaN (`collapsed` is then False). Geometry is that of class means, whatever the columns of the problem; a free bias is
-    centred for cross-entropy. Raises NoTheory, naming the failed hypotheses, where no theorem covers the problem as a whole.
+    UNKNOWN and NaN, with `collapsed` False. Geometry is that of class means, whatever the columns of the problem; a free bias is centred
+    for cross-entropy. Raises NoTheory, naming the failed hypotheses, where no theorem covers the problem as a whole.
     """
     failed = [[name for name in theorem.hypotheses if not HYPOTHESES[name](problem)] for theorem in THEOREMS]
     for theorem, missing in zip(THEOREMS, failed, strict=True):
