@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import catalog
 import numpy as np
 import pytest
 
+import catalog
 import ufm
 from ufm.certificate import certify, copositive_norm, dual_norm
 from ufm.records import Regime
@@ -107,7 +107,9 @@ def test_upper_bounds_are_above_every_direction(K: int) -> None:
         A = Q.T @ Q
         value, how, atoms = copositive_norm(A)
         V = np.maximum(rng.standard_normal((K, 4000)), 0.0)
-        V = np.concatenate([V, np.eye(K), *(np.eye(K)[:, list(s)].sum(axis=1, keepdims=True) for s in itertools.combinations(range(K), 2))], axis=1)
+        V = np.concatenate(
+            [V, np.eye(K), *(np.eye(K)[:, list(s)].sum(axis=1, keepdims=True) for s in itertools.combinations(range(K), 2))], axis=1
+        )
         V = V / np.maximum(np.linalg.norm(V, axis=0), 1e-300)
         assert np.max(np.sum(V * (A @ V), axis=0)) <= value * (1 + 1e-12)
         if "exact" in how:
@@ -183,7 +185,9 @@ def test_free_bias_points_are_repaired_to_a_proof() -> None:
 def test_deep_linear_mse_is_bounded_by_von_neumann() -> None:
     """The bound does not depend on the point and is attained by the solution, with and without a free bias."""
     for lam_b in (None, 0.0):
-        problem = ufm.Problem([6, 3, 3], width=5, depth=3, features="free", loss=ufm.MSE(), lam_w=[[0.01, 0.02, 0.005]], lam_h=0.01, lam_b=lam_b)
+        problem = ufm.Problem(
+            [6, 3, 3], width=5, depth=3, features="free", loss=ufm.MSE(), lam_w=[[0.01, 0.02, 0.005]], lam_h=0.01, lam_b=lam_b
+        )
         first = certify(problem, catalog.factors(problem, seed=1))
         assert first.lower == pytest.approx(certify(problem, catalog.factors(problem, seed=2)).lower, rel=1e-15)
         assert first.lower < first.value

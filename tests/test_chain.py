@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from catalog import LIBRARIES, to_library
 
+from catalog import LIBRARIES, to_library
 from ufm.arrays import device_of, to_numpy
 from ufm.chain import Chain, forward, pullback, push, push_pullback, rectify
 

@@ -45,7 +45,7 @@ def place(values: NDArray[np.float64], device: str) -> Array:
     except ImportError as error:
         raise ImportError(f"device {device!r} needs torch; install the extra: pip install ufm[torch]") from error
     try:
-        return torch.as_tensor(values, device=device)
+        return torch.tensor(values, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} is not to be had here ({error}); use 'numpy' or 'cpu'") from error
 

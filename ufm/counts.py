@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Integral, Real
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,8 +21,8 @@ def step(K: int, n_min: int, ratio: float, minority: int | None = None) -> Count
     """`minority` classes (K//2 by default) of n_min samples, the others of n_min * ratio, rounded to the nearest integer."""
     minority = K // 2 if minority is None else minority
     _check("step", K, n_min=n_min, ratio=ratio)
-    if not 0 <= minority <= K:
-        raise ValueError(f"counts.step: minority is {minority}, but must be between 0 and K = {K}")
+    if not (isinstance(minority, Integral) and 0 <= minority <= K):
+        raise ValueError(f"counts.step: minority is {minority!r}, but must be a whole number between 0 and K = {K}")
     return np.repeat([_whole(n_min * ratio), n_min], [K - minority, minority]).astype(np.int64)
 
 
@@ -46,10 +49,10 @@ def _whole(x: float) -> int:
 
 
 def _check(call: str, K: int, **sizes: float) -> None:
-    if K != int(K) or K < 2:
-        raise ValueError(f"counts.{call}: K is {K}, but a classification problem has at least 2 classes")
-    for name, size in sizes.items():
-        if not (np.isfinite(size) and size >= 1):
-            raise ValueError(f"counts.{call}: {name} is {size}, but must be finite and at least 1")
+    for name, size in {"K": K, **sizes}.items():
+        if not isinstance(size, Real) or not (math.isfinite(size) and size >= 1):
+            raise ValueError(f"counts.{call}: {name} is {size!r}, but must be a finite number, at least 1")
         if name != "ratio" and size != int(size):
             raise ValueError(f"counts.{call}: {name} is {size}, but counts are whole numbers")
+    if not isinstance(K, Integral) or K < 2:
+        raise ValueError(f"counts.{call}: K is {K}, but must be a whole number of classes, at least 2")

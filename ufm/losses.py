@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
@@ -52,7 +53,7 @@ def _close(wrong: Array, T: Targets) -> Array:
     return wrong - T.onehot * column_sums(wrong)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CrossEntropy:
     """omega_y [logsumexp(u) - sum_j t_j u_j],  u = z/temperature + a,  t = (1 - eps) e_y + eps/K, in nats.
 
@@ -67,17 +68,22 @@ class CrossEntropy:
     name: ClassVar[str] = "CE"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"CrossEntropy: label_smoothing is {self.label_smoothing}, but must be at least 0 and below 1")
+        if not isinstance(self.label_smoothing, Real) or not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"CrossEntropy: label_smoothing is {self.label_smoothing!r}, but must be a number, at least 0 and below 1")
         for name, rule in (("class_weights", "positive"), ("temperature", "positive"), ("logit_adjustment", "finite")):
             value = getattr(self, name)
-            if value is None:
+            if value is None and name != "temperature":
                 continue
-            array = np.array(value, dtype=np.float64)
+            try:
+                array = np.array(value, dtype=np.float64)
+            except (TypeError, ValueError) as error:
+                raise TypeError(f"CrossEntropy: {name} is {value!r}, but must be a number or an array of numbers") from error
             if not np.all(np.isfinite(array)) or (rule == "positive" and not np.all(array > 0)):
                 raise ValueError(f"CrossEntropy: {name} is {value}, but must be {rule}{' and finite' if rule == 'positive' else ''}")
             if name == "class_weights" and array.ndim == 0:
-                raise ValueError("CrossEntropy: class_weights is a single number; give one weight per class, (K,) or (G, K)")
+                raise ValueError(f"CrossEntropy: class_weights is {value}, a single number; give one weight per class, (K,) or (G, K)")
+            if array.ndim > 2:
+                raise ValueError(f"CrossEntropy: {name} has shape {array.shape}, but must be (K,) or (G, K)")
             array.flags.writeable = False
             object.__setattr__(self, name, array)
 
@@ -97,7 +103,7 @@ class CrossEntropy:
             G, K = counts.shape
             if value is not None and value.ndim and value.shape not in ((K,), (1, K), (G, K)):
                 raise ValueError(
-                    f"Problem: the loss's {name} has shape {value.shape}, but there are G = {G} cells of K = {K} classes; give (K,) or (G, K)"
+                    f"Problem: the loss's {name} has shape {value.shape}, but there are G = {G} cells of K = {K}; give (K,) or (G, K)"
                 )
             same = value is None or bool(np.all(value == trivial[name]))
             table[name] = None if same else np.array(np.broadcast_to(value, counts.shape), dtype=np.float64)
@@ -151,7 +157,7 @@ class CrossEntropy:
         """-omega Ent(v) - g.(temperature a) with v = temperature g/omega + t in the simplex, infinite elsewhere."""
         xp = namespace(G)
         tiny = xp.finfo(G.dtype).smallest_normal
-        W = self._simplex(G, T) * T.wrong
+        W = (self._shift(G, T) + (T.onehot if T.soft is None else T.soft)) * T.wrong
         rest = column_sums(W)  # 1 - v_y
         inside = xp.all(W >= -1e-15, axis=-2) & (rest[..., 0, :] <= 1 + 1e-15)
         W, rest = xp.clip(W, 0.0, None), xp.clip(rest, 0.0, 1.0)
@@ -163,10 +169,10 @@ class CrossEntropy:
             out = out - column_sums(G * A)
         return xp.where(inside, out[..., 0, :], xp.inf)
 
-    def _simplex(self, G: Array, T: Targets) -> Array:
-        V = G if T.temperature is None else T.temperature * G
-        V = V if T.weight is None else V / T.weight
-        return V + (T.onehot if T.soft is None else T.soft)
+    def _shift(self, G: Array, T: Targets) -> Array:
+        """v - t, with v the point of the simplex that the slopes G stand for."""
+        D = G if T.temperature is None else T.temperature * G
+        return D if T.weight is None else D / T.weight
 
     def recentre(self, G: Array, T: Targets, w: Array) -> Array:
         """The simplex columns v_c form a transport plan w_c omega_c v_cj with known margins; round it to them exactly.
@@ -177,19 +183,14 @@ class CrossEntropy:
         xp = namespace(G)
         soft = T.onehot if T.soft is None else T.soft
         mass = w[..., None, :] if T.weight is None else w[..., None, :] * T.weight  # (B, 1, cols)
-        plan, goal = mass * self._simplex(G, T), xp.sum(mass * soft, axis=-1, keepdims=True)
-        plan = xp.clip(plan, 0.0, None)
-        # the change of each row's total is the same sum over the slopes, which does not cancel
-        excess = xp.sum(mass * (self._simplex(G, T) - soft), axis=-1, keepdims=True)  # (B, K, 1)
-        shrink = xp.clip(excess, 0.0, None) / (goal + excess)
-        taken = plan * shrink  # (B, K, cols)
-        missing_col = column_sums(taken)  # (B, 1, cols)
-        missing_row = xp.clip(-excess, 0.0, None)  # (B, K, 1)
+        D = self._shift(G, T)  # v - t, which does not cancel
+        plan, goal = mass * xp.clip(D + soft, 0.0, None), xp.sum(mass * soft, axis=-1, keepdims=True)
+        excess = xp.sum(mass * D, axis=-1, keepdims=True)  # (B, K, 1): the row's total less its goal
+        surplus, missing_row = xp.clip(excess, 0.0, None), xp.clip(-excess, 0.0, None)
+        taken = plan * (surplus / (goal + surplus))  # (B, K, cols)
         total = column_sums(missing_row)
-        fill = missing_row * missing_col / xp.where(total > 0, total, 1.0)
-        change = (fill - taken) / mass  # of v
-        V = (self._simplex(G, T) + change - soft) * T.wrong
-        V = _close(V, T)
+        fill = missing_row / xp.where(total > 0, total, 1.0) * column_sums(taken)
+        V = _close((D + (fill - taken) / mass) * T.wrong, T)
         V = V if T.weight is None else V * T.weight
         return V if T.temperature is None else V / T.temperature
 
@@ -233,8 +234,8 @@ class Focal:
     name: ClassVar[str] = "focal"
 
     def __post_init__(self) -> None:
-        if not (np.isfinite(self.gamma) and self.gamma >= 0):
-            raise ValueError(f"Focal: gamma is {self.gamma}, but must be finite and at least 0")
+        if not isinstance(self.gamma, Real) or not 0 <= self.gamma < np.inf:
+            raise ValueError(f"Focal: gamma is {self.gamma!r}, but must be a finite number, at least 0")
 
     def targets(self, onehot: Floats, counts: NDArray[np.int64]) -> Targets:
         return Targets(onehot, 1.0 - onehot)
@@ -243,8 +244,9 @@ class Focal:
         """f(C) = x^gamma C with x = 1 - e^-C, and its first two derivatives."""
         xp, gamma = namespace(C), self.gamma
         p, x = xp.exp(-C), xp.clip(-xp.expm1(-C), xp.finfo(C.dtype).smallest_normal, None)
-        first = gamma * x ** (gamma - 1) * p * C + x**gamma
-        second = gamma * x ** (gamma - 2) * p * ((gamma - 1) * p * C + x * (2 - C))
+        ratio = C / x  # 1 at C = 0
+        first = x**gamma * (gamma * p * ratio + 1.0)
+        second = gamma * x ** (gamma - 1) * p * ((gamma - 1) * p * ratio + 2.0 - C)
         return x**gamma * C, first, second
 
     def value(self, Z: Array, T: Targets) -> Array:

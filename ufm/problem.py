@@ -77,9 +77,7 @@ class Problem:
             if name in given:
                 wide = self.depth if name == "lam_w" else given[name].shape[-1]
                 shape = (cells,) if given[name].ndim == 1 else (cells, wide)
-                array = np.array(np.broadcast_to(given[name], shape))
-                array.flags.writeable = False
-                object.__setattr__(self, name, array)
+                object.__setattr__(self, name, _frozen(np.array(np.broadcast_to(given[name], shape))))
         self._check_columns()
         if isinstance(self.loss, CrossEntropy):
             self.loss.per_class(self.counts)
@@ -110,19 +108,19 @@ class Problem:
     @cached_property
     def samples(self) -> Ints:
         """N of each cell, (G,)."""
-        return np.asarray(self.counts.sum(axis=1))
+        return _frozen(self.counts.sum(axis=1))
 
     @cached_property
     def labels(self) -> Ints:
         """Class of each column, (G, cols)."""
         if self.columns == "means":
             return np.broadcast_to(np.arange(self.classes), (self.cells, self.classes))
-        return np.stack([np.repeat(np.arange(self.classes), row) for row in self.counts])
+        return _frozen(np.stack([np.repeat(np.arange(self.classes), row) for row in self.counts]))
 
     @cached_property
     def multiplicity(self) -> Floats:
         """Samples each column stands for, m_c, (G, cols)."""
-        return self.counts.astype(np.float64) if self.columns == "means" else np.ones(self.labels.shape)
+        return _frozen(self.counts.astype(np.float64) if self.columns == "means" else np.ones(self.labels.shape))
 
     def cell(self, index: int) -> Problem:
         """The problem of one cell alone."""
@@ -131,6 +129,8 @@ class Problem:
     def pick(self, indices: ArrayLike) -> Problem:
         """The grid of the given cells, in that order."""
         at = np.atleast_1d(np.asarray(indices))
+        if at.dtype.kind not in "iu" or at.ndim > 1 or not at.size or at.min() < -self.cells or at.max() >= self.cells:
+            raise ValueError(f"Problem.pick: indices is {indices!r}, but must be one or more whole numbers below G = {self.cells}")
         loss = self.loss
         if isinstance(loss, CrossEntropy):
             per_cell = {n: getattr(loss, n)[at] for n, rows in _loss_cells(loss).items() if len(rows) == self.cells > 1}
@@ -146,8 +146,16 @@ CHOICES = {
 }
 
 
+def _frozen(array: NDArray[Any]) -> NDArray[Any]:
+    array.flags.writeable = False
+    return array
+
+
 def _counts(value: Any) -> Ints:
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"Problem: counts is {value!r}, but must be numbers (K,) or (G, K) with rows of one length") from error
     if array.ndim not in (1, 2) or array.shape[-1] < 2 or array.dtype.kind not in "iuf" or not array.size:
         raise ValueError(
             f"Problem: counts has shape {array.shape} and type {array.dtype}, but must be numbers (K,) or (G, K) with K >= 2 classes"
@@ -165,6 +173,8 @@ def _penalty(name: str, value: Any) -> Floats:
         array = np.atleast_1d(np.asarray(value, dtype=np.float64))
     except (TypeError, ValueError) as error:
         raise TypeError(f"Problem: {name} is {value!r}, but must be a number or an array of numbers") from error
+    if value is None:
+        raise TypeError(f"Problem: {name} is None, but must be a number or an array of numbers; 0 is no penalty")
     bad = ~(np.isfinite(array) & (array >= 0))
     if bad.any():
         raise ValueError(f"Problem: {name} holds {array[bad][0]}, but a penalty must be finite and at least 0")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import uuid
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ufm.arrays import to_numpy
 
 Floats = NDArray[np.float64]
 
@@ -51,20 +53,20 @@ class Saved:
         for f in fields(self):  # type: ignore[arg-type]
             flat.update(_flatten(f.name, getattr(self, f.name)))
         path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+        part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(part, "xb") as file:
                 np.savez(file, **flat)
-            os.replace(temporary, path)
+            os.replace(part, path)
         except BaseException:
-            os.unlink(temporary)
+            part.unlink(missing_ok=True)
             raise
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read a record that `save` wrote; ValueError if the file holds anything else."""
         try:
-            with np.load(path, allow_pickle=False) as stored:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
                 flat = {name: stored[name] for name in stored.files}
         except FileNotFoundError:
             raise
@@ -72,17 +74,27 @@ class Saved:
             raise ValueError(f"{cls.__name__}.load: {path} is not a readable npz file ({error}); give a file written by save") from error
         if str(flat.get("ufm_record")) != cls.kind:
             raise ValueError(f"{cls.__name__}.load: {path} does not hold a {cls.kind}; give a file written by {cls.__name__}.save")
-        return cls(**{f.name: _unflatten(f.name, flat) for f in fields(cls)})  # type: ignore[arg-type]
+        try:
+            return cls(**{f.name: _unflatten(f.name, flat) for f in fields(cls)})  # type: ignore[arg-type]
+        except KeyError as error:
+            raise ValueError(f"{cls.__name__}.load: {path} lacks or misnames {error}; it was written by another version") from error
 
 
 def _flatten(name: str, value: Any) -> dict[str, Any]:
     if value is None:
-        return {}
+        return {f"{name}/None": np.asarray(0)}
     if isinstance(value, tuple) and value and isinstance(value[0], Enum):
         return {f"{name}/{type(value[0]).__name__}": np.asarray([v.name for v in value])}
     if isinstance(value, tuple):
-        return {f"{name}/{i}": np.asarray(v) for i, v in enumerate(value)}
-    return {name: np.asarray(value)}
+        return {f"{name}/len": np.asarray(len(value)), **{f"{name}/{i}": _array(name, v) for i, v in enumerate(value)}}
+    return {name: _array(name, value)}
+
+
+def _array(name: str, value: Any) -> Any:
+    array = to_numpy(value)
+    if array.dtype.kind == "O":
+        raise TypeError(f"save: {name} is {type(value).__name__}, but a record holds arrays, numbers, text, enumerations and None only")
+    return array
 
 
 def _unflatten(name: str, flat: dict[str, Any]) -> Any:
@@ -91,8 +103,9 @@ def _unflatten(name: str, flat: dict[str, Any]) -> Any:
     for kind in (Stop, Regime):
         if f"{name}/{kind.__name__}" in flat:
             return tuple(kind[str(v)] for v in flat[f"{name}/{kind.__name__}"])
-    count = sum(key.startswith(f"{name}/") for key in flat)
-    return tuple(flat[f"{name}/{i}"] for i in range(count)) if count else None
+    if f"{name}/None" in flat:
+        return None
+    return tuple(flat[f"{name}/{i}"] for i in range(int(flat[f"{name}/len"])))
 
 
 @dataclass(frozen=True, eq=False)

@@ -67,7 +67,7 @@ class Orthogonal:
 
 @dataclass(frozen=True)
 class Spectral:
-    """Aligned factors F_l = Q_l S^{1/(L+1)} Q_{l-1}^T: their product U S V^T shares the singular vectors of -(loss slope at 0) diag(m)^{1/2}.
+    """Aligned factors F_l = Q_l S^{1/(L+1)} Q_{l-1}^T: their product U S V^T has the singular vectors of -(loss slope at 0) diag(m)^{1/2}.
 
     U S V^T is the product in sqrt(m)-weighted columns (for cross-entropy, those of (I - J/K) Y diag(m)^{1/2}); S = scale |N(0, 1)| on the
     nonzero directions, at most `width` of them; the inner frames Q_l are Haar-distributed (Garrod, Keating & Thrampoulidis 2026).

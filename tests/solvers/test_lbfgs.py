@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from catalog import LIBRARIES, PROBLEMS, factors, to_library
 from scipy.optimize import minimize
 
 import ufm
+from catalog import LIBRARIES, PROBLEMS, factors, to_library
 from ufm.arrays import to_numpy
 from ufm.objective import Balanced, balanced
 from ufm.records import Stop

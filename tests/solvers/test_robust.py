@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_lbfgs import scipy_run
 
 import ufm
+from test_lbfgs import scipy_run
 from ufm.certificate import dual_bound
 from ufm.objective import balanced
 from ufm.records import Regime, Stop
