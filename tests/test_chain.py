@@ -14,7 +14,9 @@ from ufm.chain import Chain, forward, pullback, push, push_pullback, rectify
 
 B, D, K, COLS = 3, 4, 3, 5
 CHAINS = [Chain(depth, features, hidden) for depth, features, hidden in product((1, 2, 3, 4), (False, True), (False, True))]
-EACH = pytest.mark.parametrize("chain", CHAINS, ids=[f"{c.depth}-H{'+' * c.features_rectified}-s{'+' * c.hidden_rectified}" for c in CHAINS])
+EACH = pytest.mark.parametrize(
+    "chain", CHAINS, ids=[f"{c.depth}-H{'+' * c.features_rectified}-s{'+' * c.hidden_rectified}" for c in CHAINS]
+)
 
 
 class Point(NamedTuple):
@@ -26,7 +28,9 @@ class Point(NamedTuple):
     slope_move: Any
 
     def map(self, function: Any) -> Point:
-        return Point([function(x) for x in self.factors], function(self.slope), [function(x) for x in self.moves], function(self.slope_move))
+        return Point(
+            [function(x) for x in self.factors], function(self.slope), [function(x) for x in self.moves], function(self.slope_move)
+        )
 
 
 def draw(chain: Chain) -> Point:
@@ -112,13 +116,13 @@ def test_differences(chain: Chain) -> None:
     """Logits, layers and gradients change along the moves as push and push_pullback say."""
     at, h = draw(chain), 1e-5
     ahead, behind = (
-        at._replace(
-            factors=[f + s * h * m for f, m in zip(at.factors, at.moves, strict=True)], slope=at.slope + s * h * at.slope_move
-        )
+        at._replace(factors=[f + s * h * m for f, m in zip(at.factors, at.moves, strict=True)], slope=at.slope + s * h * at.slope_move)
         for s in (1, -1)
     )
     half = len(everything(chain, at)) // 2
-    for plus, minus, change in zip(everything(chain, ahead)[:half], everything(chain, behind)[:half], everything(chain, at)[half:], strict=True):
+    for plus, minus, change in zip(
+        everything(chain, ahead)[:half], everything(chain, behind)[:half], everything(chain, at)[half:], strict=True
+    ):
         assert (plus - minus) / (2 * h) == pytest.approx(change, abs=1e-8 * max(1.0, np.abs(change).max()))
 
 

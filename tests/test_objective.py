@@ -47,7 +47,7 @@ def over(cases: list[tuple[str, Problem]]) -> Any:
 
 EACH = over(CASES)
 MEANS = over([(n, p) for n, p in CASES if p.columns == "means"])
-NATIVE = over([(n, p) for n, p in CASES if p.loss.name != "autograd"])
+NATIVE = over([(n, p) for n, p in PROBLEMS if p.loss.name != "autograd"])
 
 
 def moves(problem: Problem, seed: int = 1) -> list[Any]:
@@ -337,7 +337,7 @@ def test_a_run_alone_is_a_row_of_the_batch(problem: Problem) -> None:
     at, v, f, frame = factors(problem, R), moves(problem), objective(problem, R), balanced(problem, R)
     rows = everything(f, frame, at, v)
     last = problem.cells * R - 1
-    for picked in ([last], [0], [last, 0]):
+    for picked in ([last, 0], [0]):
         runs = np.array(picked)
         alone = everything(f.pick(runs), frame.pick(runs), [a[runs] for a in at], [a[runs] for a in v])
         for got, row in zip(alone, rows, strict=True):
@@ -352,14 +352,11 @@ def test_pick_picks_every_array() -> None:
     """A picked objective holds the picked runs and nothing else, a picked frame too."""
     problem = demanding()
     f, frame, runs = objective(problem, R), balanced(problem, R), np.array([2, 1])
-    for whole, part in zip([*held(f), *held(frame.objective), frame.unit, *frame.scales, frame.penalty], picked_arrays(f, frame, runs), strict=True):
-        assert np.array_equal(part, whole[runs])
-    assert np.array_equal(frame.pick(runs).lower, frame.lower)
-
-
-def picked_arrays(f: Objective, frame: Balanced, runs: Any) -> list[Any]:
-    part = frame.pick(runs)
-    return [*held(f.pick(runs)), *held(part.objective), part.unit, *part.scales, part.penalty]
+    picked = frame.pick(runs)
+    wholes = [*held(f), *held(frame.objective), frame.unit, *frame.scales, frame.penalty]
+    parts = [*held(f.pick(runs)), *held(picked.objective), picked.unit, *picked.scales, picked.penalty]
+    assert all(np.array_equal(part, whole[runs]) for whole, part in zip(wholes, parts, strict=True))
+    assert np.array_equal(picked.lower, frame.lower)
 
 
 def held(f: Objective) -> list[Any]:
@@ -498,7 +495,7 @@ def test_scale_free_norm_is_its_definition(problem: Problem, place: Any) -> None
     for b in range(problem.cells * R):
         unit, scales, levels = naive_frame(problem, b // R)
         x = [torch.tensor(a[b] / s, requires_grad=True) for a, s in zip(at, scales, strict=True)]
-        run = [torch.tensor(s) * part for s, part in zip(scales, x, strict=True)]
+        run = [torch.tensor(s, dtype=torch.float64) * part for s, part in zip(scales, x, strict=True)]
         loss, penalty = (part / unit for part in torch_parts(problem, b // R, run))
         pulls = [torch.autograd.grad(part, x, retain_graph=True, allow_unused=True, materialize_grads=True) for part in (loss, penalty)]
         down, up = (np.concatenate([g.numpy().ravel() for g in pull]) for pull in pulls)
@@ -559,20 +556,29 @@ def on(function: Any, frame: Balanced) -> Balanced:
     """A frame with `function` applied to every array it holds."""
     penalty = None if frame.penalty is None else function(frame.penalty)
     scales = tuple(function(s) for s in frame.scales)
-    return replace(frame, objective=frame.objective.map(function), unit=function(frame.unit), penalty=penalty, scales=scales, lower=function(frame.lower))
+    return replace(
+        frame,
+        objective=frame.objective.map(function),
+        unit=function(frame.unit),
+        penalty=penalty,
+        scales=scales,
+        lower=function(frame.lower),
+    )
 
 
 def agree(got: list[Any], expected: list[Any], kind: Any) -> None:
     """The same numbers, in arrays of the library, dtype and device of `kind`."""
     for mine, theirs in zip(got, expected, strict=True):
         assert (type(mine), mine.dtype, device_of(mine)) == (type(kind), kind.dtype, device_of(kind))
-        assert to_numpy(mine) == pytest.approx(theirs, rel=1e-13, abs=1e-14 * max(1.0, np.abs(theirs).max()))
+        assert mine.shape == theirs.shape
+        size = np.abs(theirs)
+        assert np.all(np.abs(to_numpy(mine) - theirs) <= 1e-13 * size + 1e-14 * max(1.0, size.max()))
 
 
 @EACH
-@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("library", [name for name in LIBRARIES if name != "numpy"])
 def test_every_library_agrees(problem: Problem, library: str) -> None:
-    """numpy, torch, the strict reference and its second device give the same numbers, in their own arrays."""
+    """torch, the strict reference and its second device give numpy's numbers, in their own arrays."""
 
     def move(x: Any) -> Any:
         return to_library(library, x)
@@ -581,21 +587,21 @@ def test_every_library_agrees(problem: Problem, library: str) -> None:
     at_on, v_on = [move(a) for a in at], [move(a) for a in v]
     agree(everything(f.map(move), on(move, frame), at_on, v_on), everything(f, frame, at, v), at_on[0])
     runs = np.array([1, 0])
-    picked = f.map(move).pick(move(runs)), on(move, frame).pick(move(runs))
-    expected = everything(f.pick(runs), frame.pick(runs), [a[:2] for a in at], [a[:2] for a in v])
-    agree(everything(*picked, [a[:2, ...] for a in at_on], [a[:2, ...] for a in v_on]), expected, at_on[0])
+    picked, x = on(move, frame).pick(move(runs)), frame.from_factors(at)[:2]
+    agree([*picked.value_and_gradient(move(x))], [*frame.pick(runs).value_and_gradient(x)], at_on[0])
 
 
-@EACH
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_built_on_a_device(problem: Problem, device: str) -> None:
-    """objective and balanced place every array themselves, in double precision."""
+@pytest.mark.parametrize("cases", [PROBLEMS, UNPENALISED], ids=["penalised", "unpenalised"])
+def test_built_on_a_device(cases: list[tuple[str, Problem]], device: str) -> None:
+    """objective and balanced place every array themselves, in double precision, and give numpy's numbers there."""
     torch = pytest.importorskip("torch")
-    at, v = on_the_bound(problem), moves(problem)
-    at_on, v_on = [torch.asarray(a).to(device) for a in at], [torch.asarray(a).to(device) for a in v]
-    f, frame = objective(problem, R, device=device), balanced(problem, R, device=device)
-    expected = everything(objective(problem, R), balanced(problem, R), at, v)
-    agree(everything(f, frame, at_on, v_on), expected, at_on[0])
+    for _, problem in cases:
+        at, v = on_the_bound(problem), moves(problem)
+        at_on, v_on = [torch.asarray(a).to(device) for a in at], [torch.asarray(a).to(device) for a in v]
+        f, frame = objective(problem, R, device=device), balanced(problem, R, device=device)
+        expected = everything(objective(problem, R), balanced(problem, R), at, v)
+        agree(everything(f, frame, at_on, v_on), expected, at_on[0])
 
 
 @NATIVE
@@ -607,15 +613,27 @@ def test_meta_device(problem: Problem) -> None:
         return torch.asarray(np.array(x)).to("meta")
 
     at, v, f, frame = factors(problem, R), moves(problem), objective(problem, R), balanced(problem, R)
-    got = everything(f.map(move), on(move, frame), [move(a) for a in at], [move(a) for a in v])
-    assert {(x.device.type, x.dtype) for x in got} == {("meta", torch.float64)}
-    assert [tuple(x.shape) for x in got] == [x.shape for x in everything(f, frame, at, v)]
+    f_on, frame_on, at_on, v_on = f.map(move), on(move, frame), [move(a) for a in at], [move(a) for a in v]
+    x_on, u_on = frame_on.from_factors(at_on), frame_on.pack(v_on)
+    value, gradient = f_on.value_and_gradient(at_on)
+    whole, flat = frame_on.value_and_gradient(x_on)
+    product = frame_on.hessian_product(x_on, u_on)
+    of_run, as_factors, as_x = (
+        [value, whole, frame_on.scale_free_norm(x_on)],
+        [*gradient, *f_on.hessian_product(at_on, v_on)],
+        [flat, product],
+    )
+    as_factors += frame_on.to_factors(x_on)
+    assert {(x.device.type, x.dtype) for x in (*of_run, *as_factors, *as_x)} == {("meta", torch.float64)}
+    assert {tuple(x.shape) for x in of_run} == {(problem.cells * R,)}
+    assert [tuple(x.shape) for x in as_factors] == 3 * [a.shape for a in at]
+    assert {tuple(x.shape) for x in as_x} == {(problem.cells * R, sum(a[0].size for a in at))}
 
 
 @pytest.mark.parametrize("away", ["meta", "strict_device1"])
 @pytest.mark.parametrize("coordinates", ["natural", "balanced"])
 def test_misplaced_array_is_noticed(away: str, coordinates: str) -> None:
-    """With any one array of the objective left behind on the CPU, the gradient or the Hessian product refuses: the checks above can fail."""
+    """With any one array of the objective left behind on the CPU, the gradient refuses: the checks above can fail."""
     problem = demanding()
     home = "torch" if away == "meta" else "strict"
 
@@ -632,12 +650,3 @@ def test_misplaced_array_is_noticed(away: str, coordinates: str) -> None:
             misplaced.value_and_gradient(at)
     f.map(move).value_and_gradient(at)
     f.map(move).hessian_product(at, v)
-
-
-def test_libraries_do_not_mix() -> None:
-    """numpy arrays and torch tensors in one call are refused."""
-    pytest.importorskip("torch")
-    problem = demanding()
-    f = objective(problem, R).map(lambda x: to_library("torch", x))
-    with pytest.raises(TypeError):
-        f.value_and_gradient(factors(problem, R))

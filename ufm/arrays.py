@@ -36,7 +36,7 @@ def like(values: Any, x: Array) -> Array:
     return namespace(x).asarray(values, dtype=x.dtype, device=device_of(x))
 
 
-def place(values: NDArray[np.float64], device: str) -> Array:
+def place(values: NDArray[Any], device: str) -> Array:
     """A numpy array on `device`: "numpy", or a torch device ("cpu", "cuda", ...) in the same precision."""
     if device == "numpy":
         return values

@@ -86,10 +86,6 @@ def _solution(rows: Problem, outcomes: list[Outcome], device: str) -> Solution:
     )
 
 
-def _robust(rows: Problem, x: Floats, tol: float, max_steps: int, device: str) -> Outcome:
-    return robust(rows, x, tol, max_steps, device=device)
-
-
 def _lbfgs(rows: Problem, x: Floats, tol: float, max_steps: int, device: str) -> Outcome:
     frame: Balanced = balanced(rows, device=device)
     found = minimise(frame, place(x, device), LBFGS(tol=tol, max_steps=max_steps))
@@ -97,7 +93,7 @@ def _lbfgs(rows: Problem, x: Floats, tol: float, max_steps: int, device: str) ->
 
 
 METHODS = {
-    "robust": _robust,
+    "robust": robust,
     "lbfgs": _lbfgs,
     "convex": convex,
 }

@@ -27,15 +27,14 @@ CHECK = 20  # iterations between two looks at the gap
 
 def convex(rows: Problem, x: Floats, tol: float, max_steps: int, device: str) -> Outcome:
     """Accelerated proximal gradient with restarts (O'Donoghue & Candès 2015) from the logits of x (B, n); numpy on the CPU only."""
-    if rows.depth != 1 or rows.features == "relu_of_free" or rows.columns != "means" or not isinstance(rows.loss, ConvexLoss):
+    if not has_convex_form(rows):
         raise ValueError(
-            "solve: method='convex' needs depth=1, features 'free' or 'relu', columns='means' and a convex loss; use method='robust'"
+            "solve: method='convex' needs depth=1, features 'free' or 'relu', columns='means', a convex loss, lam_w > 0 and lam_h > 0; "
+            "use method='robust'"
         )
-    if np.any(rows.lam_w * rows.lam_h[:, None] == 0):
-        raise ValueError("solve: method='convex' needs lam_w > 0 and lam_h > 0 (there is no norm to take without them)")
     if device != "numpy":
         raise ValueError(f"solve: method='convex' is a reference on device 'numpy' only, not {device!r}; use method='robust'")
-    ends = [_one(rows.cell(i), x[i : i + 1], tol, max_steps) for i in range(len(x))]
+    ends = [proximal(rows.cell(i), x[i : i + 1], tol, max_steps) for i in range(len(x))]
     return Outcome(
         np.concatenate([e.x for e in ends]),
         tuple(e.stop[0] for e in ends),
@@ -44,33 +43,42 @@ def convex(rows: Problem, x: Floats, tol: float, max_steps: int, device: str) ->
     )
 
 
+def has_convex_form(rows: Problem) -> bool:
+    """Whether the proximal references apply."""
+    shape = rows.depth == 1 and rows.features != "relu_of_free" and rows.columns == "means"
+    return shape and isinstance(rows.loss, ConvexLoss) and bool(np.all(rows.lam_w > 0) and np.all(rows.lam_h > 0))
+
+
 class _Point(NamedTuple):
     X: Floats  # (K, K)
     b: Floats  # (K, 1), in balanced units; zeros without bias
 
 
-def _one(cell: Problem, x: Floats, tol: float, max_steps: int) -> Outcome:
+def proximal(cell: Problem, x: Floats, tol: float, max_steps: int) -> Outcome:
+    """One run (x (1, n), one cell), to the relative gap tol or until the proximal step stands still."""
     frame = balanced(cell)
     shrink = _singular_values if cell.features == "free" else _columns
     parts = frame.unpack(x)
     point = _Point((parts[1] @ parts[0])[0], parts[2][0] if cell.lam_b is not None else np.zeros((cell.classes, 1)))
     previous, momentum, L = point, 1.0, 1.0
+    heavy = 1.0 if cell.lam_b is None else float(frame.scales[-1][0, 0, 0] ** 2 * cell.samples[0])  # curvature of b over that of X
     stop, step = Stop.STEPS, 0
     while step < max_steps:
         next_momentum = 0.5 * (1 + np.sqrt(1 + 4 * momentum**2))
         ahead = _Point(*(p + (momentum - 1) / next_momentum * (p - q) for p, q in zip(point, previous, strict=True)))
-        F, slope = _smooth(frame, ahead)
+        slope = _slope(frame, ahead)
         while True:
-            new = _Point(shrink(ahead.X - slope.X / L, 1 / L), ahead.b - slope.b / L)
+            new = _Point(shrink(ahead.X - slope.X / L, 1 / L), ahead.b - slope.b / (heavy * L))
             move = _Point(*(p - q for p, q in zip(new, ahead, strict=True)))
             step += 1
-            model = sum(float(np.sum(s * m) + 0.5 * L * np.sum(m * m)) for s, m in zip(slope, move, strict=True))
-            if _smooth(frame, new)[0] <= F + model + 1e-14 * abs(F) or step >= max_steps:
+            bend = sum(float(np.sum((s - t) * m)) for s, t, m in zip(_slope(frame, new), slope, move, strict=True))
+            length = sum(h * float(np.sum(m * m)) for m, h in zip(move, (1.0, heavy), strict=True))
+            if bend <= 1.001 * L * length or step >= max_steps:
                 break
-            L *= 2
-        uphill = sum(float(np.sum(m * (p - q))) for m, p, q in zip(move, new, point, strict=True)) < 0
+            L = max(2 * L, bend / length)
+        uphill = sum(h * float(np.sum(m * (p - q))) for m, p, q, h in zip(move, new, point, (1.0, heavy), strict=True)) < 0
         previous, point = point, new
-        momentum, L = (1.0 if uphill else next_momentum), L * 0.98
+        momentum, L = (1.0 if uphill else next_momentum), L * 0.99
         still = L * float(np.linalg.norm(move.X)) <= 1e-3 * tol * float(np.linalg.norm(slope.X))
         if (still or step % CHECK < 2) and _gap(cell, frame, point) <= tol:
             stop = Stop.GAP
@@ -81,15 +89,12 @@ def _one(cell: Problem, x: Floats, tol: float, max_steps: int) -> Outcome:
     return Outcome(_factored(cell, frame, point), (stop,), np.array([step]), np.array([1]))
 
 
-def _smooth(frame: Balanced, point: _Point) -> tuple[float, _Point]:
-    """The smooth part of F/unit and its gradient: the loss of the chain with features I and weights X, and the bias's penalty."""
+def _slope(frame: Balanced, point: _Point) -> _Point:
+    """Gradient of the smooth part of F/unit: the loss of the chain with features I and weights X, and the bias's penalty."""
     bias = frame.objective.chain.bias
-    factors = [np.eye(len(point.X))[None], point.X[None], *([point.b[None]] if bias else [])]
-    loss, slopes = frame.objective.loss_part(factors)
-    if not bias:
-        return float(loss[0]), _Point(slopes[1][0], np.zeros_like(point.b))
-    pull = (frame.objective.penalties[-1] * point.b)[0]
-    return float(loss[0]) + 0.5 * float(np.sum(pull * point.b)), _Point(slopes[1][0], slopes[2][0] + pull)
+    slopes = frame.objective.loss_part([np.eye(len(point.X))[None], point.X[None], *([point.b[None]] if bias else [])])[1]
+    pull = (frame.objective.penalties[-1] * point.b)[0] if bias else 0.0
+    return _Point(slopes[1][0], slopes[2][0] + pull if bias else np.zeros_like(point.b))
 
 
 def _singular_values(X: Floats, by: float) -> Floats:

@@ -17,6 +17,7 @@ from ufm.objective import Balanced
 from ufm.records import Stop
 
 DECREASE, SLOPE, NOISE = 1e-4, 0.9, 1e-15  # Armijo share; largest accepted slope ratio; relative rounding of values
+PROGRESS = 1e-6  # relative decrease since the last progress that counts as progress
 FLOOR = 1e-11  # below this scale-free norm a run that no longer improves has met float64
 NEGLIGIBLE = 1e-28  # squared gradient over value: nothing left to gain in float64
 
@@ -123,18 +124,20 @@ def minimise(function: Balanced, x: Array, options: LBFGS) -> Minimum:
     runs = np.arange(batch)  # which run each row of the batch is
     used = np.ones(batch, dtype=np.int64)
     pairs = _Pairs.empty(x, options.memory)
-    best, stale = np.full(batch, np.inf), np.zeros(batch, dtype=np.int64)
+    best, lowest, stale = np.full(batch, np.inf), np.full(batch, np.inf), np.zeros(batch, dtype=np.int64)
     p, d = function.projected(x, g), None
     while True:
         size = norm(p)
         scale = norm(x if function.penalty is None else function.penalty * x)
         done = (size <= options.tol * scale) | (size * size <= NEGLIGIBLE * xp.abs(f))
         relative = to_numpy(size / xp.where(scale > 0, scale, 1.0))
-        stale = np.where(relative < 0.9 * best, 0, stale + 1)
-        best = np.minimum(best, relative)
+        value = to_numpy(f)
+        better = (relative < 0.9 * best) | (value < lowest - PROGRESS * np.abs(value))
+        best, lowest = np.where(better, np.minimum(relative, best), best), np.where(better, value, lowest)
+        stale = np.where(better, 0, stale + 1)
         flags = {
             Stop.GRADIENT: to_numpy(done),
-            Stop.DIVERGED: ~np.isfinite(to_numpy(f)),
+            Stop.DIVERGED: ~np.isfinite(value),
             Stop.STALLED: stale > np.where(relative < FLOOR, options.patience, 10 * options.patience),
             Stop.STEPS: used >= options.max_steps,
         }
@@ -143,19 +146,19 @@ def minimise(function: Balanced, x: Array, options: LBFGS) -> Minimum:
             stop[runs[flag & ~leaving]] = reason
             leaving |= flag
         if leaving.any():
-            rows, at = _indices(np.flatnonzero(leaving), x), _mask(runs[leaving], batch, x)
+            rows, at = indices(np.flatnonzero(leaving), x), mask_of(runs[leaving], batch, x)
             end_x[at], end_f[at] = xp.take(x, rows, axis=0), xp.take(f, rows, axis=0)
             steps[runs[leaving]] = used[leaving]
             if leaving.all():
                 return Minimum(end_x, end_f, tuple(stop), steps)
             keep = np.flatnonzero(~leaving)
-            at = _indices(keep, x)
+            at = indices(keep, x)
             function, pairs = function.pick(at), pairs.pick(at)
             x, f, g, p = (xp.take(a, at, axis=0) for a in (x, f, g, p))
             d = None if d is None else xp.take(d, at, axis=0)
-            runs, used, best, stale = runs[keep], used[keep], best[keep], stale[keep]
+            runs, used, best, lowest, stale = (a[keep] for a in (runs, used, best, lowest, stale))
         d = _first_step(x, p) if d is None else _downhill(x, g, p, d)
-        x_new, f_new, g_new, evaluations = _search(function, x, f, g, d)
+        x_new, f_new, g_new, evaluations = search(function, x, f, g, d)
         used += evaluations
         p = function.projected(x_new, g_new)
         d = pairs.direction(pairs.push(x_new - x, g_new - g, p))
@@ -178,7 +181,7 @@ def _first_step(x: Array, p: Array) -> Array:
     return -scale[:, None] * p
 
 
-def _search(function: Balanced, x: Array, f: Array, g: Array, d: Array) -> tuple[Array, Array, Array, NDArray[np.int64]]:
+def search(function: Balanced, x: Array, f: Array, g: Array, d: Array) -> tuple[Array, Array, Array, NDArray[np.int64]]:
     """One accepted step per run along the projected direction; the point itself where none is found in 30 trials."""
     xp = namespace(x)
     x_new = _project(function, x + d)
@@ -191,7 +194,7 @@ def _search(function: Balanced, x: Array, f: Array, g: Array, d: Array) -> tuple
     for _ in range(30):
         if not len(pending):
             break
-        at = _indices(pending, x)
+        at = indices(pending, x)
         part = function.pick(at)
         X, F, G, D = (xp.take(a, at, axis=0) for a in (x, f, g, d))
         tried, drop = (to_numpy(xp.take(a, at, axis=0)) for a in (f_new, slope))
@@ -202,13 +205,13 @@ def _search(function: Balanced, x: Array, f: Array, g: Array, d: Array) -> tuple
         F_new, G_new = part.value_and_gradient(X_new)
         move = X_new - X
         drop_new = xp.vecdot(G, move)
-        rows = _mask(pending, x.shape[0], x)
+        rows = mask_of(pending, x.shape[0], x)
         x_new[rows], f_new[rows], g_new[rows], slope[rows] = X_new, F_new, G_new, drop_new
         evaluations[pending] += 1
         failed = ~to_numpy(_accepted(F, F_new, drop_new, xp.vecdot(G_new, move)))
         pending, t = pending[failed], t[failed]
     if len(pending):
-        at, rows = _indices(pending, x), _mask(pending, x.shape[0], x)
+        at, rows = indices(pending, x), mask_of(pending, x.shape[0], x)
         x_new[rows], f_new[rows], g_new[rows] = (xp.take(a, at, axis=0) for a in (x, f, g))
     return x_new, f_new, g_new, evaluations
 
@@ -224,11 +227,12 @@ def _project(function: Balanced, x: Array) -> Array:
     return namespace(x).maximum(x, function.lower)
 
 
-def _indices(rows: NDArray[np.int64], x: Array) -> Array:
+def indices(rows: NDArray[np.int64], x: Array) -> Array:
+    """Row numbers as an integer array beside x."""
     return namespace(x).asarray(rows, device=device_of(x))
 
 
-def _mask(rows: NDArray[np.int64], batch: int, x: Array) -> Array:
+def mask_of(rows: NDArray[np.int64], batch: int, x: Array) -> Array:
     """(batch,) bool, true at `rows`: the one kind of index the array standard lets one assign to."""
     mask = np.zeros(batch, dtype=bool)
     mask[rows] = True

@@ -7,14 +7,17 @@ chains whose bound is not met are solved once more from an aligned start.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
-from ufm.arrays import Array, place, to_numpy
+from ufm.arrays import place, to_numpy
 from ufm.certificate import Dual, dual_bound, rounded
 from ufm.objective import Balanced, balanced, objective
 from ufm.problem import Problem
 from ufm.records import Stop
+from ufm.solvers.convex import has_convex_form, proximal
 from ufm.solvers.lbfgs import LBFGS, minimise
 from ufm.solvers.outcome import Outcome
 
@@ -23,57 +26,125 @@ Floats = NDArray[np.float64]
 PARALLEL = 1e-6  # coordinates with both cosines above 1 minus this are one
 FAINT = 1e-7  # coordinates shorter than this share of the longest are none
 VIOLATION = 1e-9  # an atom must exceed the limit by this share to be worth seeding
+PATIENCE = 1500  # gradient evaluations of one local solve, where proximal steps are the alternative
+MAX_ROUNDS, FUTILE = 40, 6  # rounds in all, and in a row without a lower value
 TRIALS = np.logspace(-5, 1.5, 27)  # atom strengths tried, in units of sqrt(sum_k n_k v_k^2)
 
 
-def robust(rows: Problem, x: Floats, tol: float, max_steps: int, max_rounds: int = 40, device: str = "numpy") -> Outcome:
-    """Solve every run of `rows` (one cell per run) from x (B, n) to the proven relative gap `tol`, on `device`."""
-    B = len(x)
-    x = x.copy()
-    stop = np.full(B, Stop.ROUNDS, dtype=object)
-    steps, rounds = np.zeros(B, dtype=np.int64), np.zeros(B, dtype=np.int64)
-    todo = np.arange(B)
+def robust(rows: Problem, x: Floats, tol: float, max_steps: int, device: str) -> Outcome:
+    """Solve every run of `rows` (one cell per run) from x (B, n) to the proven relative gap `tol`, on `device`.
+
+    Columns that are samples are averaged over their class first where that is exact (L = 1 and deep linear chains: within-class collapse
+    holds at every stationary point), and relu(V) features are solved as H >= 0, which has the same infimum.
+    """
+    if rows.columns == "samples" and (rows.depth == 1 or rows.activation == "linear"):
+        return _on_means(rows, x, tol, max_steps, device)
+    return _shallow(rows, x, tol, max_steps, device) if rows.depth == 1 else _deep(rows, x, tol, max_steps, device)
+
+
+def _on_means(rows: Problem, x: Floats, tol: float, max_steps: int, device: str) -> Outcome:
+    means = replace(rows, columns="means", features="free" if rows.features == "free" else "relu")
+    frame, reduced = balanced(rows), balanced(means)
+    H, *rest = frame.to_factors(x)
+    member = np.eye(rows.classes)[rows.labels]  # (B, cols, K)
+    H = np.abs(H) if means.features == "relu" else H
+    found = robust(means, reduced.from_factors([H @ (member / rows.counts[:, None, :]), *rest]), tol, max_steps, device)
+    H, *rest = reduced.to_factors(found.x)
+    return found._replace(x=frame.from_factors([H @ np.swapaxes(member, 1, 2), *rest]))
+
+
+def _shallow(rows: Problem, x: Floats, tol: float, max_steps: int, device: str) -> Outcome:
+    """The loop itself, for L = 1; the lowest end point is kept. A run leaves once proven, out of steps, or after FUTILE idle rounds."""
     frame, placed = balanced(rows), balanced(rows, device=device)
-    best = np.full(B, np.inf)
-    for number in range(max_rounds):
+    convex_help = has_convex_form(rows) and (rows.features == "free" or rows.lam_b is None)
+    B, here, x, todo = len(x), x, x.copy(), np.arange(len(x))
+    stop, best, idle = np.full(B, Stop.ROUNDS, dtype=object), np.full(B, np.inf), np.zeros(B, dtype=np.int64)
+    steps, rounds = np.zeros(B, dtype=np.int64), np.zeros(B, dtype=np.int64)
+    for number in range(MAX_ROUNDS):
         problem, part = rows.pick(todo), frame.pick(todo)
-        accuracy = max(min(0.1 * tol, 1e-9) * 0.1 ** min(number // 2, 3), 1e-14)
-        options = LBFGS(tol=accuracy, max_steps=max_steps)
-        found = minimise(placed.pick(_on(device, todo)), place(x[todo], device), options)
+        options = LBFGS(tol=_accuracy(tol, number), max_steps=min(max_steps, PATIENCE) if convex_help else max_steps)
+        found = minimise(placed.pick(place(todo, device)), place(here, device), options)
         point = simplified(problem, part, to_numpy(found.x))
-        steps[todo] += found.steps
+        slow = np.array([convex_help and s in (Stop.STALLED, Stop.STEPS) for s in found.stop])
+        point, extra = _proximal(problem, part, point, slow, tol)
+        value, (gap, dual) = part.value_and_gradient(point)[0], _proof(problem, part, point)
+        proven = gap <= tol
+        steps[todo] += found.steps + extra
         rounds[todo] = number + 1
-        dual = dual_bound(problem, [to_numpy(f) for f in part.to_factors(point)])
-        value = part.value_and_gradient(point)[0]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            gap = rounded(1.0 - dual.lower / (value * part.unit))
-        x[todo] = point
-        stop[todo] = [Stop.GAP if small else reason for small, reason in zip(gap <= tol, found.stop, strict=True)]
-        done = (gap <= tol) | np.isnan(dual.rho) | (steps[todo] >= max_steps)
-        if rows.depth > 1:
-            again = todo[gap > tol]
-            if len(again):
-                second = _second_start(rows, frame, x, again, options)
-                F = frame.pick(again).value_and_gradient(second.x)[0]
-                better, proven = F < value[again], F * frame.unit[again] * (1 - tol) <= dual.lower[again]
-                x[again] = np.where(better[:, None], second.x, x[again])
-                kept = [new if b else old for new, old, b in zip(second.stop, stop[again], better, strict=True)]
-                stop[again] = [Stop.GAP if p else k for p, k in zip(proven, kept, strict=True)]
-                steps[again], rounds[again] = steps[again] + second.steps, second.rounds
-            break
-        point, seeded = seed_atoms(problem, part, point, value, dual)
-        stuck = ~seeded & (value >= best[todo] * (1 - 1e-15)) & (number > 2)
+        lower = proven | (value <= best[todo])
+        idle[todo] = np.where(value < best[todo] * (1 - 1e-12), 0, idle[todo] + 1)
         best[todo] = np.minimum(best[todo], value)
-        x[todo] = np.where(done[:, None], x[todo], point)
-        stop[todo[~done & ~stuck]] = Stop.ROUNDS
-        todo = todo[~done & ~stuck]
-        if not len(todo):
+        x[todo] = np.where(lower[:, None], point, x[todo])
+        kept = [new if low else old for new, old, low in zip(found.stop, stop[todo], lower, strict=True)]
+        stop[todo] = [Stop.GAP if p else k for p, k in zip(proven, kept, strict=True)]
+        going = ~(proven | np.isnan(dual.rho) | (steps[todo] >= max_steps) | (idle[todo] > FUTILE))
+        if not going.any():
             break
+        here = seed_atoms(problem, part, point, dual)[going]
+        todo = todo[going]
     return Outcome(x, tuple(stop), steps, rounds)
 
 
-def _on(device: str, rows: NDArray[np.int64]) -> Array:
-    return rows if device == "numpy" else place(rows, device)  # type: ignore[arg-type]
+def _accuracy(tol: float, number: int) -> float:
+    """Scale-free gradient norm asked of L-BFGS in a round: the gap is of its order; later rounds ask for more."""
+    return max(min(0.1 * tol, 1e-9) * 0.1 ** min(number // 2, 3), 1e-14)
+
+
+def _proof(problem: Problem, frame: Balanced, x: Floats) -> tuple[Floats, Dual]:
+    """The relative gap each point proves, NaN if none, and the dual side it comes from."""
+    dual = dual_bound(problem, frame.to_factors(x))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return rounded(1.0 - dual.lower / (frame.value_and_gradient(x)[0] * frame.unit)), dual
+
+
+def _proximal(problem: Problem, frame: Balanced, x: Floats, slow: NDArray[np.bool_], tol: float) -> tuple[Floats, NDArray[np.int64]]:
+    """Proximal steps on the logits for the runs that L-BFGS leaves crawling (singular values of the logits far apart); kept where lower.
+
+    The group lasso is an upper bound of the ReLU problem, so a lower value there is one here; with a bias it rarely is the optimum.
+    """
+    x, extra = x.copy(), np.zeros(len(x), dtype=np.int64)
+    for i in np.flatnonzero(slow):
+        found = proximal(problem.cell(int(i)), x[i : i + 1], tol, PATIENCE)
+        values = frame.pick(np.array([i, i])).value_and_gradient(np.concatenate([x[i : i + 1], found.x]))[0]
+        if values[1] <= values[0] * (1 + 1e-15):
+            x[i], extra[i] = found.x[0], found.steps[0]
+    return x, extra
+
+
+def _deep(rows: Problem, x: Floats, tol: float, max_steps: int, device: str) -> Outcome:
+    """One local solve, and one more from aligned factors for the runs whose bound is known but not met; the lower end point is kept."""
+    frame, placed = balanced(rows), balanced(rows, device=device)
+    options = LBFGS(tol=_accuracy(tol, 2), max_steps=max_steps)
+    found = minimise(placed, place(x, device), options)
+    x, steps, rounds = simplified(rows, frame, to_numpy(found.x)), found.steps.copy(), np.ones(len(x), dtype=np.int64)
+    gap, _ = _proof(rows, frame, x)
+    again = np.flatnonzero(gap > tol)
+    if len(again):
+        problem, part = rows.pick(again), frame.pick(again)
+        second = minimise(placed.pick(place(again, device)), place(aligned(problem, part), device), options)
+        point = simplified(problem, part, to_numpy(second.x))
+        better = part.value_and_gradient(point)[0] < part.value_and_gradient(x[again])[0]
+        x[again] = np.where(better[:, None], point, x[again])
+        steps[again], rounds[again] = steps[again] + second.steps, 2
+        gap, _ = _proof(rows, frame, x)
+    stop = tuple(Stop.GAP if g <= tol else s for g, s in zip(gap, found.stop, strict=True))
+    return Outcome(x, stop, steps, rounds)
+
+
+def aligned(problem: Problem, frame: Balanced) -> Floats:
+    """Balanced factors, aligned along the first coordinates, whose product is -slope(0) D^{1/2}: all its singular values alive."""
+    zero = frame.unpack(np.zeros((problem.cells, len(frame.lower))))
+    slope = objective(problem).slope(zero)
+    U, s, Vt = np.linalg.svd(-slope * np.sqrt(problem.multiplicity)[:, None, :], full_matrices=False)
+    r = min(s.shape[1], problem.width)
+    root = s[:, :r] ** (1.0 / (problem.depth + 1))
+    parts = [np.zeros(p.shape) for p in zero]
+    parts[0][:, :r] = root[:, :, None] * Vt[:, :r]
+    for layer in range(1, problem.depth):
+        parts[layer][:, range(r), range(r)] = root
+    parts[problem.depth][:, :, :r] = U[:, :, :r] * root[:, None, :]
+    x: Floats = frame.pack(parts)
+    return x
 
 
 def simplified(problem: Problem, frame: Balanced, x: Floats) -> Floats:
@@ -82,16 +153,17 @@ def simplified(problem: Problem, frame: Balanced, x: Floats) -> Floats:
     Without ReLU the SVD of each run's W H does both. Points of deeper chains are returned as they are, or at zero where that is lower.
     """
     parts = frame.unpack(x)
-    if problem.depth == 1 and problem.columns == "means":
+    if problem.depth == 1:
         H, W = parts[0], parts[1]
         H, W = _by_svd(H, W) if problem.features == "free" else _by_direction(H, W)
         x_new = frame.pack([H, W, *parts[2:]])
     else:
         x_new = x
-    zero = frame.pack([np.zeros_like(parts[0]), *(np.zeros_like(p) for p in parts[1 : problem.depth + 1]), *parts[problem.depth + 1 :]])
+    matrices, bias = parts[: problem.depth + 1], parts[problem.depth + 1 :]
+    zero = frame.pack([*(np.zeros_like(p) for p in matrices), *bias])
     values = np.stack([frame.value_and_gradient(np.ascontiguousarray(y))[0] for y in (x_new, x, zero)])
-    near_zero = np.sum(x**2, axis=1) <= 1e-12 * values[1]
-    lower = (values[2] <= values[1] * (1 + 1e-15)) & near_zero
+    near_zero = sum(np.sum(p**2, axis=(1, 2)) for p in matrices) <= 1e-12 * values[1]
+    lower = (values[2] <= values[1] * (1 + 1e-14)) & near_zero
     keep = values[0] <= values[1] * (1 + 1e-12)
     return np.where(lower[:, None], zero, np.where(keep[:, None], x_new, x))
 
@@ -127,49 +199,36 @@ def _by_direction(H: Floats, W: Floats) -> tuple[Floats, Floats]:
     return H_new, W_new
 
 
-def seed_atoms(problem: Problem, frame: Balanced, x: Floats, value: Floats, dual: Dual) -> tuple[Floats, NDArray[np.bool_]]:
-    """Put violating atoms sqrt(t) (u, v), u = Qt v/||Qt v||, into free coordinates at the best t of TRIALS; which runs fell."""
+def seed_atoms(problem: Problem, frame: Balanced, x: Floats, dual: Dual) -> Floats:
+    """Put violating atoms sqrt(t) (u, v), u = Qt v/||Qt v||, into free coordinates, at the best t of TRIALS.
+
+    Where every coordinate is in use the faintest eighth of them make room, which may raise F: a restart with a purpose.
+    """
     parts = frame.unpack(x)
     H, W = parts[0].copy(), parts[1].copy()
-    spread = frame.unpack(np.zeros_like(x))
-    dH, dW = spread[0].copy(), spread[1].copy()
+    dH, dW = np.zeros_like(H), np.zeros_like(W)
+    seeded = np.zeros(len(x), dtype=bool)
     for i, atoms in enumerate(dual.atoms):
         images = atoms @ dual.Qt[i].T  # Qt v, (a, K)
         size = np.linalg.norm(images, axis=1)
         order = np.argsort(-size)[: int(np.sum(size > 1 + VIOLATION))]
-        free = np.flatnonzero(~H[i].any(axis=1) | ~W[i].any(axis=0))
-        for atom, coordinate in zip(order, free, strict=False):
+        seeded[i] = len(order) > 0
+        for atom, coordinate in zip(order, _room(H[i], W[i]), strict=False):
             reach = np.sqrt(np.sqrt(problem.counts[i] @ atoms[atom] ** 2))
             H[i, coordinate] = W[i, :, coordinate] = 0.0
-            dH[i, coordinate] = reach * _to_columns(problem, i, atoms[atom])
+            dH[i, coordinate] = reach * atoms[atom]
             dW[i, :, coordinate] = reach * images[atom] / size[atom]
-    best, x_best = value.copy(), x.copy()
+    best, x_best = np.full(len(x), np.inf), x.copy()
     for t in TRIALS:
         trial = frame.pack([H + np.sqrt(t) * dH, W + np.sqrt(t) * dW, *parts[2:]])
         F = frame.value_and_gradient(trial)[0]
-        better = best > F
+        better = seeded & (best > F)
         best, x_best = np.where(better, F, best), np.where(better[:, None], trial, x_best)
-    return x_best, best < value
+    return x_best
 
 
-def _to_columns(problem: Problem, run: int, v: Floats) -> Floats:
-    """An atom over classes as one over columns, in balanced coordinates."""
-    labels = problem.labels[run]
-    return np.asarray((v / np.sqrt(problem.counts[run]))[labels] * np.sqrt(problem.multiplicity[run]))
-
-
-def _second_start(rows: Problem, frame: Balanced, x: Floats, todo: NDArray[np.int64], options: LBFGS) -> Outcome:
-    """The given runs of a deep chain solved again from aligned factors of -slope(0) D^{1/2}, all its singular values alive."""
-    problem, part = rows.pick(todo), frame.pick(todo)
-    zero = part.unpack(np.zeros_like(x[todo]))
-    slope = objective(problem).slope(zero)
-    U, s, Vt = np.linalg.svd(-slope * np.sqrt(problem.multiplicity)[:, None, :], full_matrices=False)
-    r = min(s.shape[1], problem.width)
-    root = s[:, :r] ** (1.0 / (problem.depth + 1))
-    first = [np.zeros(p.shape) for p in zero]
-    first[0][:, :r] = root[:, :, None] * Vt[:, :r]
-    for layer in range(1, problem.depth):
-        first[layer][:, range(r), range(r)] = root
-    first[problem.depth][:, :, :r] = U[:, :, :r] * root[:, None, :]
-    found = minimise(part, part.pack(first), options)
-    return Outcome(simplified(problem, part, to_numpy(found.x)), found.stop, found.steps, np.full(len(todo), 2))
+def _room(H: Floats, W: Floats) -> NDArray[np.int64]:
+    """The unused coordinates of one run, or the faintest eighth where all are used."""
+    strength = np.linalg.norm(H, axis=1) * np.linalg.norm(W, axis=0)
+    unused = np.flatnonzero(strength == 0)
+    return unused if len(unused) else np.argsort(strength)[: max(1, len(strength) // 8)]
