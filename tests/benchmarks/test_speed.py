@@ -1,0 +1,154 @@
+"""Ratios to what a user would otherwise run, measured in one process, one thread, in turns: `pytest tests/benchmarks -s`.
+
+Nothing here asserts a time. Every comparison checks that both sides computed the same thing, then prints and stores their ratio.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
+
+import ufm
+from ufm.objective import Balanced, balanced
+from ufm.solvers.lbfgs import LBFGS, minimise
+from ufm.starts import first_factors
+
+COUNTS = ufm.counts.exponential(10, 5000, 100)
+BLOCK = 256
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    torch.set_num_threads(1)
+    with threadpool_limits(1):
+        yield
+
+
+def in_turns(ours: Callable[[], Any], theirs: Callable[[], Any], turns: int) -> tuple[float, float]:
+    """The least CPU seconds of a call of each side over alternating turns; a turn is as many calls as take about 20 ms."""
+    calls = (ours, theirs)
+    times = []
+    for call in calls:
+        call()
+        start = time.process_time()
+        call()
+        times.append(max(1, round(0.02 / (time.process_time() - start))))
+    least = [np.inf, np.inf]
+    for _ in range(turns):
+        for side, call in enumerate(calls):
+            start = time.process_time()
+            for _ in range(times[side]):
+                call()
+            least[side] = min(least[side], (time.process_time() - start) / times[side])
+    return least[0], least[1]
+
+
+def report(benchmark: Any, what: str, ours: float, theirs: float) -> None:
+    benchmark.extra_info |= {"ours_s": ours, "theirs_s": theirs, "ratio": theirs / ours}
+    print(f"\n{what}: {1e6 * ours:.1f} against {1e6 * theirs:.1f} microseconds of CPU each, ratio {theirs / ours:.1f}")
+
+
+def runs_of(width: int, runs: int) -> tuple[Balanced, Any]:
+    """K = 10, the counts of CIFAR-10-LT, ReLU features, no bias; every class alive."""
+    problem = ufm.Problem(COUNTS, width=width, features="relu", lam_w=1e-3, lam_h=1e-5)
+    frame = balanced(problem, runs)
+    return frame, frame.from_factors(first_factors(problem, ufm.starts.balanced(), runs, 0, frame.objective.chain))
+
+
+def lean_function(frame: Balanced, width: int) -> Callable[[Any], tuple[float, Any]]:
+    """Value and gradient of one run, written for that alone: what a careful user hands to SciPy."""
+    K, n = len(COUNTS), COUNTS.astype(float)
+    weight, scale, diagonal = n / n.sum() / frame.unit[0], 1 / np.sqrt(n), np.arange(K)
+
+    def function(x: Any) -> tuple[float, Any]:
+        H, W = x[: width * K].reshape(width, K), x[width * K :].reshape(K, width)
+        Z = (W @ H) * scale
+        R = Z - Z[diagonal, diagonal]
+        top = R.max(axis=0)
+        E = np.exp(R - top)
+        S = E.sum(axis=0)
+        P = E / S
+        P[diagonal, diagonal] -= 1
+        P *= weight * scale
+        gradient = np.empty_like(x)
+        np.matmul(W.T, P, out=gradient[: width * K].reshape(width, K))
+        np.matmul(P, H.T, out=gradient[width * K :].reshape(K, width))
+        gradient += x
+        return float(weight @ (top + np.log(S)) + 0.5 * (x @ x)), gradient
+
+    return function
+
+
+def test_solving_a_thousand_relu_problems(benchmark: Any) -> None:
+    """K = 10, d = 20: batched L-BFGS against a loop over SciPy's L-BFGS-B, same starts, same accuracy of the gradient."""
+    width, runs = 20, 1000
+    frame, x = runs_of(width, runs)
+    function = lean_function(frame, width)
+    bounds = [(0, None) if low == 0 else (None, None) for low in frame.lower]
+    options = dict(maxiter=20_000, maxfun=40_000, ftol=0, gtol=1e-6)
+    accuracy: list[float] = []
+
+    def theirs(rows: range) -> Any:
+        ends = np.stack([minimize(function, x[row], jac=True, method="L-BFGS-B", bounds=bounds, options=options).x for row in rows])
+        part = frame.pick(np.arange(rows.start, rows.stop))
+        accuracy.append(float(np.median(part.scale_free_norm(ends))))
+        return part.value_and_gradient(ends)[0]
+
+    values = theirs(range(32))
+    tol = accuracy[0]
+
+    def ours(rows: range) -> Any:
+        part = np.arange(rows.start, rows.stop)
+        return minimise(frame.pick(part), x[part], LBFGS(tol=tol))
+
+    assert np.median(np.abs(ours(range(32)).value / values - 1)) < 1e-10
+    least = [np.inf, np.inf]
+    total = 0.0
+    for first in range(0, runs, BLOCK):
+        rows = range(first, min(first + BLOCK, runs))
+        start = time.process_time()
+        found = ours(rows)
+        middle = time.process_time()
+        total += middle - start
+        sample = range(first, min(first + 16, runs))
+        theirs(sample)
+        end = time.process_time()
+        least = [min(least[0], (middle - start) / len(rows)), min(least[1], (end - middle) / len(sample))]
+        assert np.all(frame.pick(np.arange(rows.start, rows.stop)).scale_free_norm(found.x) <= tol * 1.001)
+    report(benchmark, f"a ReLU problem solved to {tol:.0e} (1,000 in {total:.2f} s)", *least)
+    benchmark.pedantic(ours, args=(range(BLOCK),), rounds=3)
+
+
+def test_gradient_of_the_objective(benchmark: Any) -> None:
+    """K = 10, d = 40, L = 1, 10 columns: a batch against a loop over torch autograd, both on the weighted class-mean objective."""
+    width, runs = 40, 48
+    frame, x = runs_of(width, runs)
+    N = int(COUNTS.sum())
+    parts = [torch.tensor(p, requires_grad=True) for p in (s * q for s, q in zip(frame.scales, frame.unpack(x), strict=True))]
+    labels, share, m = torch.arange(10), torch.tensor(COUNTS / N), torch.tensor(COUNTS.astype(float))
+    leaves = [(parts[0][r].detach().requires_grad_(), parts[1][r].detach().requires_grad_()) for r in range(runs)]
+
+    def theirs() -> list[Any]:
+        for H, W in leaves:
+            H.grad = W.grad = None
+            losses = torch.nn.functional.cross_entropy((W @ H).T, labels, reduction="none")
+            value = (share * losses).sum() + 0.5e-3 * (W * W).sum() + 0.5e-5 * (m * H * H).sum()
+            value.backward()
+        return [W.grad for _, W in leaves]
+
+    def ours() -> Any:
+        return frame.value_and_gradient(x)[1]
+
+    expected = np.stack([g.numpy() for g in theirs()])
+    got = frame.unpack(ours())[1] * frame.unit[:, None, None] / frame.scales[1]
+    assert np.abs(got - expected).max() <= 1e-12 * np.abs(expected).max()
+    a, b = in_turns(ours, theirs, 60)
+    report(benchmark, "a gradient", a / runs, b / runs)
+    benchmark(ours)
