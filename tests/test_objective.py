@@ -315,9 +315,9 @@ def test_no_cancellation_at_large_margins(depth: int) -> None:
 def everything(f: Objective, frame: Balanced, at: Any, v: Any) -> list[Any]:
     """All results of both, each with the runs axis first."""
     x, u = frame.from_factors(at), frame.pack(v)
-    natural = [f.logits(at), f.value(at), f.slope(at), *f.value_and_gradient(at)[1], *f.loss_part(at)[1], *f.penalty_part(at)[1]]
-    scaled = [x, *frame.unpack(x), *frame.to_factors(x), *frame.value_and_gradient(x), *frame.parts(x), frame.hessian_product(x, u)]
-    return [*natural, *f.hessian_product(at, v), *scaled, frame.scale_free_norm(x), frame.projected(x, u)]
+    natural = [f.logits(at), f.value(at), f.slope(at), *f.value_and_gradient(at)[1], *f.hessian_product(at, v)]
+    scaled = [x, *frame.to_factors(x), *frame.value_and_gradient(x), frame.hessian_product(x, u)]
+    return [*natural, *scaled, frame.scale_free_norm(x), frame.projected(x, u)]
 
 
 @EACH

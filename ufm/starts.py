@@ -108,6 +108,8 @@ def first_factors(problem: Problem, start: Start | Given, runs: int, seed: int, 
     shapes = chain.shapes(problem.width, problem.classes, problem.labels.shape[1])
     if isinstance(start, Given):
         factors = _checked(start.factors, shapes, problem.cells * runs)
+    elif not hasattr(start, "draw"):
+        raise TypeError(f"starts: start is {start!r}, but must be one of ufm.starts.{', .'.join(TABLE)}")
     else:
         draws = []
         for g in range(problem.cells):
