@@ -14,10 +14,8 @@ from ufm.records import Regime
 def random_problem(rng: np.random.Generator, model: str) -> dict[str, Any]:
     """K 2-50, counts 1-10^5, both penalties over six decades, kappa^2 from far below to above the thresholds."""
     K = int(rng.integers(2, 51))
-    if model == "balanced":
-        n = np.full(K, int(10 ** rng.uniform(0, 5)))
-    else:
-        n = np.sort(np.rint(10 ** rng.uniform(0, 5, K)).astype(int))[::-1]
+    n = np.sort(np.rint(10 ** rng.uniform(0, 5, K)).astype(int))[::-1]
+    n = np.full(K, n[0]) if model == "balanced" else n
     kappa = np.sqrt(10 ** rng.uniform(-6, 0.3) * rng.choice(n))
     tilt = 10 ** rng.uniform(-3, 3)
     return dict(counts=n, lam_w=kappa / n.sum() * tilt, lam_h=kappa / n.sum() / tilt, extra=int(rng.integers(0, K + 1)))

@@ -11,6 +11,7 @@ import pytest
 import ufm
 from ufm.records import Regime, Stop
 
+LONG_TAIL = ufm.counts.exponential(100, 5000, 100)
 README = [5000] * 3 + [4000] * 3 + [3000] * 4  # the merging example of Hong & Ling's code, by its README
 
 
@@ -82,7 +83,7 @@ NUCLEAR: dict[str, tuple[tuple[Any, float], float, int]] = {
     "K = 50, R = 10": (step(50, 5000, 500, 0.1), 1e-10, 49),
     "K = 50, R = 10, merged": (step(50, 5000, 500, 1.05), 1e-10, 25),
     "K = 100, R = 10": (step(100, 5000, 500, 0.1), 1e-10, 99),
-    "K = 100, long tail": ((ufm.counts.exponential(100, 5000, 100), 0.3 * np.sqrt(50) / ufm.counts.exponential(100, 5000, 100).sum()), 1e-10, 99),
+    "K = 100, long tail": ((LONG_TAIL, 0.3 * np.sqrt(50) / LONG_TAIL.sum()), 1e-10, 99),
     "K = 100, R = 10, merged": (step(100, 5000, 500, 1.05), 1e-10, 50),
 }
 

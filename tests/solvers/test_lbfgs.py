@@ -32,7 +32,8 @@ def scipy_run(frame: Balanced, x: Any, row: int, gtol: float = 1e-10) -> Any:
         value, gradient = one.value_and_gradient(z[None])
         return value[0], gradient[0]
 
-    return minimize(function, x[row], jac=True, method="L-BFGS-B", bounds=bounds, options=dict(maxiter=20000, maxfun=40000, ftol=0, gtol=gtol))
+    options = dict(maxiter=20000, maxfun=40000, ftol=0, gtol=gtol)
+    return minimize(function, x[row], jac=True, method="L-BFGS-B", bounds=bounds, options=options)
 
 
 @pytest.mark.parametrize(("name", "problem"), SMOOTH[::3], ids=[n for n, _ in SMOOTH[::3]])

@@ -24,7 +24,10 @@ NEGLIGIBLE = 1e-28  # squared gradient over value: nothing left to gain in float
 
 @dataclass(frozen=True)
 class LBFGS:
-    """Options: history length, tolerance on the scale-free gradient norm, largest number of gradient evaluations, patience in stalls."""
+    """Options: history length, tolerance on the scale-free gradient norm, largest number of gradient evaluations, patience in stalls.
+
+    A run stalls after `patience` evaluations without progress at float64's floor, twenty times as many above it.
+    """
 
     memory: int = 5
     tol: float = 1e-10
@@ -125,7 +128,7 @@ def minimise(function: Balanced, x: Array, options: LBFGS) -> Minimum:
     used = np.ones(batch, dtype=np.int64)
     pairs = _Pairs.empty(x, options.memory)
     best, lowest, stale = np.full(batch, np.inf), np.full(batch, np.inf), np.zeros(batch, dtype=np.int64)
-    p, d = function.projected(x, g), None
+    p, d, tried = function.projected(x, g), None, used
     while True:
         size = norm(p)
         scale = norm(x if function.penalty is None else function.penalty * x)
@@ -134,11 +137,11 @@ def minimise(function: Balanced, x: Array, options: LBFGS) -> Minimum:
         value = to_numpy(f)
         better = (relative < 0.9 * best) | (value < lowest - PROGRESS * np.abs(value))
         best, lowest = np.where(better, np.minimum(relative, best), best), np.where(better, value, lowest)
-        stale = np.where(better, 0, stale + 1)
+        stale = np.where(better, 0, stale + tried)
         flags = {
             Stop.GRADIENT: to_numpy(done),
             Stop.DIVERGED: ~np.isfinite(value),
-            Stop.STALLED: stale > np.where(relative < FLOOR, options.patience, 10 * options.patience),
+            Stop.STALLED: stale > np.where(relative < FLOOR, options.patience, 20 * options.patience),
             Stop.STEPS: used >= options.max_steps,
         }
         leaving = np.zeros(len(runs), dtype=bool)
@@ -158,8 +161,8 @@ def minimise(function: Balanced, x: Array, options: LBFGS) -> Minimum:
             d = None if d is None else xp.take(d, at, axis=0)
             runs, used, best, lowest, stale = (a[keep] for a in (runs, used, best, lowest, stale))
         d = _first_step(x, p) if d is None else _downhill(x, g, p, d)
-        x_new, f_new, g_new, evaluations = search(function, x, f, g, d)
-        used += evaluations
+        x_new, f_new, g_new, tried = search(function, x, f, g, d)
+        used += tried
         p = function.projected(x_new, g_new)
         d = pairs.direction(pairs.push(x_new - x, g_new - g, p))
         x, f, g = x_new, f_new, g_new
