@@ -153,5 +153,5 @@ def test_block_size() -> None:
     sizes = [block_size(b, "numpy") for b in (1.0, 1e4, 1e5, 1e9)]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] == 1
-    assert block_size(1e4, "cpu") == block_size(1e4, "numpy") == 800
+    assert block_size(1e4, "cpu") == block_size(1e4, "numpy") == 1500
     assert block_size(1e9, "cuda") > 10**9

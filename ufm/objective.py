@@ -20,6 +20,8 @@ from ufm.chain import Chain, Factors, forward, pullback, push, push_pullback, re
 from ufm.losses import Loss, Targets
 from ufm.problem import Problem
 
+SMALLEST_UNIT = 1e-140  # of F: smaller penalties would overflow the squares of slopes
+
 
 @dataclass(frozen=True, eq=False)
 class Objective:
@@ -238,8 +240,8 @@ def balanced(problem: Problem, runs: int = 1, device: str = "numpy") -> Balanced
         g = np.exp(np.mean(np.log(lam), axis=1))[:, None]
     penalised = g > 0
     scales = np.sqrt(np.where(penalised, g / np.where(penalised, lam, 1.0), 1.0))[:, :, None, None]  # (G, L + 1, 1, 1)
-    unit = np.where(penalised, g, 1.0)[:, :, None]  # (G, 1, 1)
-    levels = np.where(penalised, 1.0, lam)[:, :, None, None]
+    unit = np.where(penalised, np.maximum(g, SMALLEST_UNIT), 1.0)[:, :, None]  # (G, 1, 1)
+    levels = np.where(penalised, g / unit[:, 0], lam)[:, :, None, None]
     root_m = np.sqrt(problem.multiplicity)[:, None, :]
     natural = objective(problem)
     units: list[Any] = [scales[:, 0] / root_m, *np.moveaxis(scales[:, 1:], 1, 0)]

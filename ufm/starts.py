@@ -1,7 +1,7 @@
 """First factors, drawn per run from a numpy Generator of that run's own seed: equal on every device, block and order.
 
 `normal` and `balanced` are the papers' starts; features of a nonnegative problem are drawn as |.|. A start is a frozen dataclass with one
-method, draw(cell, shapes, generator, m, nonnegative) -> factors of one run; adding one is adding a class and a line in TABLE.
+method, draw(cell, shapes, generator) -> factors of one run; adding one is adding a class and a line in TABLE.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Real
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,6 +34,9 @@ class Normal:
 
     scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        _check_scale("normal", self.scale)
+
     def draw(self, cell: Problem, shapes: Sequence[tuple[int, int]], generator: np.random.Generator) -> list[Floats]:
         return [self.scale / np.sqrt(cell.width) * generator.standard_normal(shape) for shape in shapes]
 
@@ -46,6 +50,9 @@ class BalancedNormal:
     """
 
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_scale("balanced", self.scale)
 
     def draw(self, cell: Problem, shapes: Sequence[tuple[int, int]], generator: np.random.Generator) -> list[Floats]:
         lam = np.array([cell.lam_h[0], *cell.lam_w[0]])
@@ -61,6 +68,9 @@ class Orthogonal:
 
     scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        _check_scale("orthogonal", self.scale)
+
     def draw(self, cell: Problem, shapes: Sequence[tuple[int, int]], generator: np.random.Generator) -> list[Floats]:
         return [self.scale * _semi_orthogonal(generator, *shape) for shape in shapes]
 
@@ -74,6 +84,9 @@ class Spectral:
     """
 
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_scale("spectral", self.scale)
 
     def draw(self, cell: Problem, shapes: Sequence[tuple[int, int]], generator: np.random.Generator) -> list[Floats]:
         root_m = np.sqrt(cell.multiplicity[0])
@@ -94,6 +107,11 @@ class Given:
     factors: Sequence[Any]
 
 
+def _check_scale(name: str, scale: float) -> None:
+    if not (isinstance(scale, Real) and np.isfinite(scale) and scale > 0):
+        raise ValueError(f"starts.{name}: scale is {scale!r}, but must be a positive, finite number")
+
+
 def _semi_orthogonal(generator: np.random.Generator, rows: int, cols: int) -> Floats:
     Q, R = np.linalg.qr(generator.standard_normal((max(rows, cols), min(rows, cols))))
     Q = Q * np.where(np.diagonal(R) < 0, -1.0, 1.0)
@@ -105,22 +123,24 @@ def first_factors(problem: Problem, start: Start | Given, runs: int, seed: int, 
 
     Raises ValueError where given factors do not fit the problem.
     """
+    if isinstance(start, type) or not (isinstance(start, Given) or hasattr(start, "draw")):
+        raise TypeError(f"starts: start is {start!r}, but must be one of ufm.starts, called: ufm.starts.balanced(1.0)")
     shapes = chain.shapes(problem.width, problem.classes, problem.labels.shape[1])
+    nonnegative = problem.features == "relu"
     if isinstance(start, Given):
         factors = _checked(start.factors, shapes, problem.cells * runs)
-    elif not hasattr(start, "draw"):
-        raise TypeError(f"starts: start is {start!r}, but must be one of ufm.starts.{', .'.join(TABLE)}")
+        if nonnegative and np.any(factors[0] < 0):
+            raise ValueError(f"starts.given: factor 0 holds {factors[0].min()}, but features='relu' needs H >= 0; give np.abs(H)")
     else:
         draws = []
         for g in range(problem.cells):
             cell = problem.cell(g)
-            for r in range(runs):
-                draws.append(start.draw(cell, shapes, np.random.default_rng([seed, r])))
+            draws += [start.draw(cell, shapes, np.random.default_rng([seed, r])) for r in range(runs)]
         factors = [np.stack(parts) for parts in zip(*draws, strict=True)][: len(shapes)]
         if chain.bias:
             factors[-1] = np.zeros_like(factors[-1])
-    if problem.features == "relu":
-        factors[0] = np.abs(factors[0])
+        if nonnegative:
+            factors[0] = np.abs(factors[0])
     return tuple(place(f, device) for f in factors)
 
 

@@ -116,6 +116,8 @@ def test_penalties_of_zero_leave_the_gap_open() -> None:
         (dict(device="abacus"), "device 'abacus'"),
         (dict(start=ufm.starts.given((np.zeros((4, 3)),))), "1 factors"),
         (dict(start="normal"), "start is 'normal'"),
+        (dict(start=ufm.starts.normal), "called"),
+        (dict(start=ufm.starts.given((-np.ones((4, 3)), np.ones((3, 4))))), "H >= 0"),
         (dict(method="convex", device="cpu"), "device"),
     ],
     ids=lambda value: str(value)[:30],
