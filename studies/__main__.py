@@ -9,6 +9,7 @@ import sys
 import tyro
 
 from studies import STUDIES
+from ufm.arrays import NoDevice
 
 
 def main(arguments: list[str]) -> int:
@@ -23,7 +24,7 @@ def main(arguments: list[str]) -> int:
     options = tyro.cli(study.Options, args=rest, prog=f"python -m studies {name}", config=(tyro.conf.FlagCreatePairsOff,))
     try:
         study.main(options)
-    except OSError as error:
+    except (OSError, NoDevice, ImportError) as error:
         return _fail(f"studies {name}: {error}")
     except KeyboardInterrupt:
         _fail(f"studies {name}: interrupted; no file is half written")

@@ -162,3 +162,13 @@ def test_an_interrupted_run_says_so(tmp_path, monkeypatch, capsys):
     assert __main__.main(["minority_collapse", "--out", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "studies minority_collapse: interrupted; no file is half written\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_device_that_is_not_there_gets_one_sentence(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is one here")
+    done = studies("minority_collapse", "--smoke", "--device", "cuda", "--out", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("studies minority_collapse: device 'cuda' is not to be had here")
+    assert list(tmp_path.iterdir()) == []

@@ -15,6 +15,7 @@ Array = Any  # an array of numpy, torch or any library of the array standard
 
 __all__ = [
     "Array",
+    "NoDevice",
     "block_size",
     "column_sums",
     "device_of",
@@ -31,13 +32,20 @@ __all__ = [
 BLOCK_BYTES = 15e6  # of a block on a CPU: past a core's own cache, but enough to hide the cost of a call
 
 
+class NoDevice(ValueError):
+    """The device asked for is not to be had on this machine."""
+
+
 def like(values: Any, x: Array) -> Array:
     """`values` as an array of x's library, dtype and device."""
     return namespace(x).asarray(values, dtype=x.dtype, device=device_of(x))
 
 
 def place(values: NDArray[Any], device: str) -> Array:
-    """A numpy array on `device`: "numpy", or a torch device ("cpu", "cuda", ...) in the same precision."""
+    """A numpy array on `device`: "numpy", or a torch device ("cpu", "cuda", ...) in the same precision.
+
+    NoDevice where this machine has no such device, ImportError where torch is missing.
+    """
     if device == "numpy":
         return values
     try:
@@ -47,7 +55,8 @@ def place(values: NDArray[Any], device: str) -> Array:
     try:
         return torch.tensor(values, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} is not to be had here ({error}); use 'numpy' or 'cpu'") from error
+        reason = str(error).splitlines()[0]
+        raise NoDevice(f"device {device!r} is not to be had here ({reason}); use 'numpy' or 'cpu'") from error
 
 
 def to_numpy(x: Array) -> NDArray[Any]:

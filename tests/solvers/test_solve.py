@@ -113,7 +113,7 @@ def test_penalties_of_zero_leave_the_gap_open() -> None:
         (dict(max_steps=0), "max_steps is 0"),
         (dict(tol=0.0), "tol is 0.0"),
         (dict(tol=float("nan")), "tol is nan"),
-        (dict(device="abacus"), "device 'abacus'"),
+        (dict(device="abacus"), "device 'abacus' is not to be had here"),
         (dict(start=ufm.starts.given((np.zeros((4, 3)),))), "1 factors"),
         (dict(start="normal"), "start is 'normal'"),
         (dict(start=ufm.starts.normal), "called"),
