@@ -24,6 +24,7 @@ def deep_linear_oracle(n: list[int], depth: int, lam: float, bias: bool) -> floa
             Y = Y - mpmath.matrix([[mpmath.mpf(a) * mpmath.sqrt(b) / N for b in n] for a in n])
         total = mpmath.mpf(0)
         for sigma in mpmath.svd_r(Y, compute_uv=False):
+
             def energy(s: Any, sigma: Any = sigma) -> Any:
                 return (s - sigma) ** 2 / (2 * N) + p * mpmath.mpf(lam) / 2 * s ** (mpmath.mpf(2) / p)
 
