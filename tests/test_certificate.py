@@ -212,3 +212,11 @@ def test_points_that_do_not_fit_are_refused(change: Any, words: str) -> None:
         certify(problem, change(H, W))
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("certify: ")
+
+
+def test_von_neumann_without_a_penalty_proves_nothing_and_does_not_fail() -> None:
+    """With one factor unpenalised the penalty of the product costs nothing: the bound is 0, the gap 1."""
+    problem = ufm.Problem([3, 2], width=3, depth=2, features="free", loss=ufm.MSE(), lam_w=0.0, lam_h=0.1)
+    worth = certify(problem, catalog.factors(problem))
+    assert worth.lower == pytest.approx(0.0, abs=0)
+    assert worth.gap == pytest.approx(1.0, abs=0)

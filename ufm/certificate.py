@@ -236,6 +236,8 @@ def _scalar_minimum(sigma: float, N: float, p: int, g: float) -> float:
         return (s - sigma) / N + g * float(s ** (2 / p - 1))
 
     bottom = float((N * g * (1 - 2 / p)) ** (p / (2 * p - 2)))  # the slope is convex; its least value
+    if g == 0:
+        return 0.0
     if sigma <= 0 or slope(bottom) >= 0:
         return sigma**2 / (2 * N)
     low, high = bottom, sigma
