@@ -83,6 +83,15 @@ def test_relu_of_free_descent_is_the_dead_unit_demonstration() -> None:
     assert np.all(found.gap > 1e-3)
 
 
+def test_a_device_that_is_not_there_gets_one_sentence() -> None:
+    """With torch: no such device; without: the extra to install."""
+    with pytest.raises(
+        (ValueError, ImportError), match=r"device 'abacus' (is not to be had here|needs torch; install the extra)"
+    ) as caught:
+        ufm.solve(ufm.Problem(**GRID), device="abacus")
+    assert "\n" not in str(caught.value)
+
+
 def test_progress_counts_every_run() -> None:
     seen: list[int] = []
     ufm.solve(ufm.Problem(**GRID), runs=5, progress=seen.append)
@@ -113,7 +122,6 @@ def test_penalties_of_zero_leave_the_gap_open() -> None:
         (dict(max_steps=0), "max_steps is 0"),
         (dict(tol=0.0), "tol is 0.0"),
         (dict(tol=float("nan")), "tol is nan"),
-        (dict(device="abacus"), "device 'abacus' is not to be had here"),
         (dict(start=ufm.starts.given((np.zeros((4, 3)),))), "1 factors"),
         (dict(start="normal"), "start is 'normal'"),
         (dict(start=ufm.starts.normal), "called"),
