@@ -43,6 +43,13 @@ class Problem:
     columns: Literal["means", "samples"] = field(default="means", kw_only=True)
 
     def __post_init__(self) -> None:
+        self._check_options()
+        self._spread_over_cells()
+        self._check_columns()
+        if isinstance(self.loss, CrossEntropy):
+            self.loss.per_class(self.counts)
+
+    def _check_options(self) -> None:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Problem: {name} is {getattr(self, name)!r}, but must be one of {', '.join(map(repr, allowed))}")
@@ -55,6 +62,9 @@ class Problem:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
                 raise ValueError(f"Problem: {name} is {value!r}, but must be a whole number, at least 1")
+
+    def _spread_over_cells(self) -> None:
+        """Counts and penalties as arrays over the G cells, checked and read-only."""
         counts = _counts(self.counts)
         lam_w = _penalty("lam_w", self.lam_w)
         if lam_w.ndim == 2 and lam_w.shape[1] != self.depth:
@@ -78,17 +88,12 @@ class Problem:
                 wide = self.depth if name == "lam_w" else given[name].shape[-1]
                 shape = (cells,) if given[name].ndim == 1 else (cells, wide)
                 object.__setattr__(self, name, _frozen(np.array(np.broadcast_to(given[name], shape))))
-        self._check_columns()
-        if isinstance(self.loss, CrossEntropy):
-            self.loss.per_class(self.counts)
 
     def _check_columns(self) -> None:
         if self.columns == "means" and self.features == "relu_of_free":
             raise ValueError(
                 "Problem: features='relu_of_free' with columns='means' is not exact (masks freeze sample by sample); use columns='samples'"
             )
-        if self.columns == "means" and self.depth > 1 and self.activation == "relu":
-            return  # the collapsed deep ReLU problem, studied in its own right
         if self.columns == "samples" and np.any(self.samples != self.samples[0]):
             raise ValueError(
                 "Problem: columns='samples' needs the same number of samples N in every cell, but the cells have "
