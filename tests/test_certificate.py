@@ -46,8 +46,6 @@ def test_the_bound_of_any_point_is_below_every_value(name: str, problem: ufm.Pro
 @pytest.mark.parametrize(("name", "problem"), CONVEX, ids=[n for n, _ in CONVEX])
 def test_the_bound_is_tight_at_the_solution(name: str, problem: ufm.Problem) -> None:
     """Every convex problem of the catalogue is solved to a proven relative gap of 1e-9."""
-    if problem.features == "relu_of_free":
-        pytest.skip("descent on relu(V) freezes its masks: no method is promised to reach the optimum")
     solution = ufm.solve(problem, runs=2)
     assert np.all(solution.gap <= 1e-9), solution.stop
 
@@ -114,6 +112,21 @@ def test_upper_bounds_are_above_every_direction(K: int) -> None:
         assert np.max(np.sum(V * (A @ V), axis=0)) <= value * (1 + 1e-12)
         if "exact" in how:
             assert max(v @ A @ v for v in atoms) == pytest.approx(value, rel=1e-9)
+
+
+def test_supports_with_an_antisymmetric_leading_vector_do_not_count() -> None:
+    """(1, -1)/sqrt(2) leads a 2 x 2 block but is no nonnegative direction, although its entries sum to exactly zero."""
+    A = np.array([[1, -0.5, 0.3], [-0.5, 1, 0.3], [0.3, 0.3, 1]])
+    value, how, atoms = copositive_norm(A)
+    assert value == pytest.approx(brute_force(A), rel=2e-6)
+    assert value == pytest.approx(1.3, rel=1e-12)
+    assert "exact" in how
+    assert np.all(np.isfinite(atoms))
+    signs = np.array([[1, 1, -1], [1, -1, 1], [-1, 1, 1]])
+    Q = np.concatenate([signs, -signs + 2 * np.eye(3)], axis=1)
+    value, _, atoms = copositive_norm(Q.T @ Q)
+    assert np.all(np.isfinite(atoms))
+    assert max(v @ Q.T @ Q @ v for v in atoms) == pytest.approx(value, rel=1e-9)
 
 
 def test_sign_rules_need_no_search() -> None:
@@ -220,3 +233,21 @@ def test_von_neumann_without_a_penalty_proves_nothing_and_does_not_fail() -> Non
     worth = certify(problem, catalog.factors(problem))
     assert worth.lower == pytest.approx(0.0, abs=0)
     assert worth.gap == pytest.approx(1.0, abs=0)
+
+
+def test_a_cell_keeps_its_proof_whatever_its_neighbours_are() -> None:
+    """Deep MSE: a penalised bias beside a free one; each cell has the gap it has alone, and a penalty never lowers the bound's validity."""
+    make = dict(width=3, depth=2, features="free", loss=ufm.MSE(), lam_w=0.02, lam_h=0.02)
+    grid = ufm.solve(ufm.Problem([3, 2], lam_b=[0.0, 0.1], **make))
+    assert grid.gap[0] <= 1e-9
+    assert grid.gap[0] == pytest.approx(ufm.solve(ufm.Problem([3, 2], lam_b=0.0, **make)).gap[0], abs=1e-12)
+    assert 0 < grid.gap[1] < 1
+    assert np.all(grid.value * (1 - grid.gap) <= grid.value)
+
+
+def test_a_bias_penalty_next_to_nothing_keeps_the_proof() -> None:
+    """lam_b from 1e-300 to 1e-3: the bound stays as good as with a free bias."""
+    problem = ufm.Problem([30, 10, 5], width=4, features="relu", lam_w=5e-3, lam_h=5e-3, lam_b=[0.0, 1e-300, 1e-100, 1e-30, 1e-12, 1e-6, 1e-3])
+    found = ufm.solve(problem)
+    assert np.all(found.gap <= 1e-9)
+    assert np.all(np.diff(found.value) >= -1e-12)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ufm.arrays import Array, to_numpy
-from ufm.losses import ConvexLoss
+from ufm.losses import ConvexLoss, Targets
 from ufm.objective import balanced, objective
 from ufm.problem import Problem
 from ufm.records import Certificate, Regime
@@ -51,10 +51,8 @@ def certify(problem: Problem, factors: Sequence[Array]) -> Certificate:
     frame = balanced(rows)
     norms = frame.scale_free_norm(frame.from_factors(points))
     dual = dual_bound(rows, points)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        gap = (value - dual.lower) / value
     regime, collapsed = regimes(rows, points, value)
-    return Certificate(value, dual.lower, rounded(gap), norms, dual.rho, dual.bound, regime, collapsed)
+    return Certificate(value, dual.lower, relative_gap(value, dual.lower), norms, dual.rho, dual.bound, regime, collapsed)
 
 
 def per_run(problem: Problem, factors: Sequence[Array]) -> tuple[Problem, tuple[Floats, ...]]:
@@ -75,9 +73,11 @@ def per_run(problem: Problem, factors: Sequence[Array]) -> tuple[Problem, tuple[
     return problem.pick(np.repeat(np.arange(problem.cells), batch // problem.cells)), points
 
 
-def rounded(gap: Floats) -> Floats:
-    """Negative gaps of rounding size are zero; anything below is no proof."""
-    return np.where(gap >= 0, gap, np.where(gap > -1e-11, 0.0, np.nan))
+def relative_gap(value: Floats, lower: Floats) -> Floats:
+    """(value - lower)/value; 0 for a negative gap of rounding size, NaN below (a bound that fails is no proof)."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        gap = 1.0 - lower / value
+    return np.where(gap >= 0, gap, np.where(gap > -1e-13, 0.0, np.nan))
 
 
 def dual_bound(rows: Problem, points: Sequence[Floats]) -> Dual:
@@ -86,34 +86,63 @@ def dual_bound(rows: Problem, points: Sequence[Floats]) -> Dual:
     nothing = Dual(np.full(B, np.nan), np.full(B, np.nan), np.full(B, ""), [np.zeros((0, K))] * B, np.zeros((B, K, K)))
     if rows.depth == 1 and isinstance(rows.loss, ConvexLoss):
         return _convex_bound(rows, rows.loss, points)
-    if rows.depth > 1 and rows.loss.name == "MSE" and rows.activation == "linear" and (rows.lam_b is None or np.all(rows.lam_b == 0)):
-        lower = np.array([_von_neumann(rows.cell(i)) for i in range(B)])
-        return nothing._replace(lower=lower, bound=np.full(B, "von Neumann"))
+    if rows.depth > 1 and rows.loss.name == "MSE" and rows.activation == "linear":
+        penalties = np.concatenate([rows.lam_h[:, None], rows.lam_w], axis=1)
+        cells, each = np.unique(np.concatenate([rows.counts, penalties], axis=1), axis=0, return_inverse=True)
+        bounds = np.array([_von_neumann(c[: rows.classes], c[rows.classes :], rows.lam_b is not None) for c in cells])
+        return nothing._replace(lower=bounds[each.reshape(-1)], bound=np.full(B, "von Neumann"))
     reason = "loss not known to be convex" if rows.depth == 1 else "no bound for this depth and loss"
     return nothing._replace(bound=np.full(B, reason))
 
 
 def _convex_bound(rows: Problem, loss: ConvexLoss, points: Sequence[Floats]) -> Dual:
-    """Fenchel duality at the class averages of the slopes (exact for columns that are samples, too: NC1 holds at the optimum)."""
-    B, K = rows.counts.shape
+    """Fenchel duality at the class averages of the slopes (exact for columns that are samples, too: NC1 holds at the optimum).
+
+    Where the bias is free, or its penalty so small that the bias term would eat the bound, the slopes are recentred first.
+    """
+    slopes = objective(rows).slope(points) @ _membership(rows, 1.0)  # (B, K, K)
+    if rows.lam_b is None:
+        return _fenchel(rows, loss, slopes)
+    weight = rows.counts / rows.samples[:, None]
+    recentred, free = loss.recentre(slopes, _targets(rows, loss), weight), rows.lam_b == 0
+    term = np.sum(np.sum(weight[:, None, :] * slopes, axis=2) ** 2, axis=1) / (2 * np.where(free, np.inf, rows.lam_b))
+    first = _fenchel(rows, loss, np.where(free[:, None, None], recentred, slopes), term)
+    if not np.any(term > first.lower):
+        return first
+    second = _fenchel(rows, loss, recentred)
+    use = second.lower > first.lower
+    return Dual(
+        np.where(use, second.lower, first.lower),
+        np.where(use, second.rho, first.rho),
+        np.where(use, second.bound, first.bound),
+        [b if u else a for a, b, u in zip(first.atoms, second.atoms, use, strict=True)],
+        np.where(use[:, None, None], second.Qt, first.Qt),
+    )
+
+
+def _fenchel(rows: Problem, loss: ConvexLoss, slopes: Floats, bias_term: Floats | float = 0.0) -> Dual:
+    """The bound that class slopes (B, K, K) prove once scaled into the dual ball; bias_term is ||sum_k q_k||^2/(2 lam_b) before scaling."""
     n, N = rows.counts.astype(np.float64), rows.samples[:, None].astype(np.float64)
-    membership = np.eye(K)[rows.labels] * (rows.multiplicity / np.take_along_axis(n, rows.labels, axis=1))[:, :, None]
-    slopes = objective(rows).slope(points) @ membership  # (B, K, K)
-    targets = loss.targets(np.broadcast_to(np.eye(K), (B, K, K)), rows.counts)
     weight = n / N
-    if rows.lam_b is not None and np.any(rows.lam_b == 0):
-        slopes = np.where((rows.lam_b == 0)[:, None, None], loss.recentre(slopes, targets, weight), slopes)
     limit = np.sqrt(rows.lam_w[:, 0]) * np.sqrt(rows.lam_h)
     Qt = -slopes * (np.sqrt(n) / N)[:, None, :]
     with np.errstate(divide="ignore", invalid="ignore"):
         Qt = np.where(Qt == 0, 0.0, Qt / limit[:, None, None])
     rho, bound, atoms = dual_norm(Qt, rectified=rows.features != "free")
     feasible = slopes / np.maximum(rho, 1.0)[:, None, None]
-    lower = -np.sum(weight * loss.conjugate(feasible, targets), axis=1)
-    if rows.lam_b is not None:
-        total = np.sum(np.sum(weight[:, None, :] * feasible, axis=2) ** 2, axis=1)
-        lower = lower - np.where(rows.lam_b > 0, total / (2 * np.where(rows.lam_b > 0, rows.lam_b, 1.0)), 0.0)
+    lower = -np.sum(weight * loss.conjugate(feasible, _targets(rows, loss)), axis=1) - bias_term / np.maximum(rho, 1.0) ** 2
     return Dual(lower, rho, bound, atoms, Qt)
+
+
+def _targets(rows: Problem, loss: ConvexLoss) -> Targets:
+    """The targets of one column per class."""
+    return loss.targets(np.broadcast_to(np.eye(rows.classes), (rows.cells, rows.classes, rows.classes)), rows.counts)
+
+
+def _membership(rows: Problem, power: float) -> Floats:
+    """(m_c/n_k)^power where column c is of class k, else 0, (B, cols, K): averages over a class for power 1."""
+    n = np.take_along_axis(rows.counts.astype(np.float64), rows.labels, axis=1)
+    return np.asarray(np.eye(rows.classes)[rows.labels] * ((rows.multiplicity / n) ** power)[:, :, None])
 
 
 def dual_norm(Qt: Floats, rectified: bool) -> tuple[Floats, NDArray[np.str_], list[Floats]]:
@@ -190,7 +219,7 @@ def _best_support(A: Floats) -> tuple[float, Floats]:
     for size in range(1, K + 1):
         supports = np.array(list(combinations(range(K), size)))
         s, V = np.linalg.eigh(A[supports[:, :, None], supports[:, None, :]])
-        lead = V[:, :, -1] * np.sign(V[:, :, -1].sum(axis=1, keepdims=True))
+        lead = np.where(V[:, :, -1].sum(axis=1, keepdims=True) < 0, -V[:, :, -1], V[:, :, -1])
         values = np.where(np.all(lead >= -1e-9, axis=1), s[:, -1], -np.inf)
         at = int(values.argmax())
         if values[at] > best:
@@ -211,18 +240,17 @@ def _ascend(A: Floats, v: Floats) -> Floats:
     return v
 
 
-def _von_neumann(cell: Problem) -> float:
-    """sum_i min_s (s - sigma_i)^2/(2N) + (p/2) g s^{2/p}, p = L + 1, over the singular values of Y (free bias: of Y with centred rows).
+def _von_neumann(n: Floats, penalties: Floats, bias: bool) -> float:
+    """sum_i min_s (s - sigma_i)^2/(2N) + (p/2) g s^{2/p}, p = L + 1, over the singular values of Y (with a bias: of Y with centred rows).
 
-    ||X - Y||^2 >= sum (s_i(X) - sigma_i)^2 (von Neumann), centring lowers no singular value's penalty, and the Schatten reduction gives
-    the penalty of X exactly. g = (lam_h prod lam_w)^{1/p}.
+    ||X - Y||^2 >= sum (s_i(X) - sigma_i)^2 (von Neumann), centring raises no singular value, the Schatten reduction gives the penalty of X
+    exactly, and a penalty of the bias only adds to F. n (K,) counts; penalties (p,) of all factors, g their geometric mean.
     """
-    n, N, p = cell.counts[0].astype(np.float64), float(cell.samples[0]), cell.depth + 1
-    root = np.sqrt(n)
-    Y = np.diag(root) if cell.lam_b is None else np.diag(root) - np.outer(n, root) / N
+    N, p, root = float(n.sum()), len(penalties), np.sqrt(n)
+    Y = np.diag(root) - np.outer(n, root) / N if bias else np.diag(root)
     sigma = np.linalg.svd(Y, compute_uv=False)
     with np.errstate(divide="ignore"):
-        g = float(np.exp(np.mean(np.log([cell.lam_h[0], *cell.lam_w[0]]))))
+        g = float(np.exp(np.mean(np.log(penalties))))
     return float(sum(_scalar_minimum(s, N, p, g) for s in sigma))
 
 
@@ -254,15 +282,12 @@ def regimes(rows: Problem, points: Sequence[Floats], value: Floats) -> tuple[tup
     H = frame.unpack(frame.from_factors(points))[0]
     if rows.features == "relu_of_free":
         H = np.maximum(H, 0.0)
-    n = rows.counts.astype(np.float64)
-    membership = np.eye(K)[rows.labels] * np.sqrt(rows.multiplicity / np.take_along_axis(n, rows.labels, axis=1))[:, :, None]
-    length = np.linalg.norm(H @ membership, axis=1)  # (B, K)
+    length = np.linalg.norm(H @ _membership(rows, 0.5), axis=1)  # (B, K)
     longest = length.max(axis=1)
     energy = 0.5 * np.sum(length**2, axis=1) * frame.unit
     nothing = energy <= 1e-14 * value
     collapsed = (length <= ZERO * longest[:, None]) | nothing[:, None]
-    share = np.eye(K)[rows.labels] * (rows.multiplicity / np.take_along_axis(n, rows.labels, axis=1))[:, :, None]
-    Z = objective(rows).logits(points) @ share
+    Z = objective(rows).logits(points) @ _membership(rows, 1.0)
     Z = Z - Z.mean(axis=1, keepdims=True)
     apart = np.linalg.norm(Z[:, :, :, None] - Z[:, :, None, :], axis=1)  # (B, K, K)
     live = ~collapsed[:, :, None] & ~collapsed[:, None, :] & ~np.eye(K, dtype=bool)

@@ -174,6 +174,10 @@ class Balanced:
         """The problem's own factors -> (B, n)."""
         return self.pack([f / s for s, f in zip(self.scales, factors, strict=True)])
 
+    def value(self, x: Array) -> Array:
+        """F/unit, (B,)."""
+        return self.objective.value(self.unpack(x))
+
     def value_and_gradient(self, x: Array) -> tuple[Array, Array]:
         """F/unit (B,) and its gradient (B, n)."""
         value, slope, penalty = self.parts(x)

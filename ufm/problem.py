@@ -211,31 +211,41 @@ class Convention(NamedTuple):
     """
 
     objective: str
-    scale: Callable[[float, float], tuple[float, float, float]]
+    scale: Callable[[Any, Any], tuple[Any, Any, Any]]
+    needs: tuple[str, ...] = ()
 
-    def to_ufm(self, w: Any, h: Any, b: Any = None, *, N: Any = 1, batch: Any = 1) -> Penalties:
-        """The paper's coefficients (w, h, b) as lam_w, lam_h, lam_b."""
-        sw, sh, sb = self.scale(N, batch)
+    def to_ufm(self, w: Any, h: Any, b: Any = None, *, N: Any = None, batch: Any = None) -> Penalties:
+        """The paper's coefficients (w, h, b) as lam_w, lam_h, lam_b; ValueError where N or batch is needed and missing."""
+        sw, sh, sb = self._scales(N, batch)
         return Penalties(w * sw, h * sh, None if b is None else b * sb)
 
-    def from_ufm(self, penalties: Penalties, *, N: Any = 1, batch: Any = 1) -> tuple[Any, Any, Any]:
-        """The coefficients (w, h, b) that stand for `penalties` in this paper."""
-        sw, sh, sb = self.scale(N, batch)
+    def from_ufm(self, penalties: Penalties, *, N: Any = None, batch: Any = None) -> tuple[Any, Any, Any]:
+        """The coefficients (w, h, b) that stand for `penalties` in this paper; ValueError where N or batch is needed and missing."""
+        sw, sh, sb = self._scales(N, batch)
         return penalties.lam_w / sw, penalties.lam_h / sh, None if penalties.lam_b is None else penalties.lam_b / sb
 
+    def _scales(self, N: Any, batch: Any) -> tuple[Any, Any, Any]:
+        for name, value in (("N", N), ("batch", batch)):
+            if value is None and name in self.needs:
+                raise ValueError(f"PAPERS: {name} is missing, but '{self.objective}' depends on it; give {name}=")
+        return self.scale(N, batch)
 
-# name -> (objective with coefficients w, h, b; factors (lam_w/w, lam_h/h, lam_b/b) for N samples and minibatches of size B)
+
+# name -> (objective with coefficients w, h, b; factors (lam_w/w, lam_h/h, lam_b/b) for N samples and minibatches of size B; what it needs)
 PAPERS = {
     "sum": Convention("mean loss + w/2 |W|^2 + h/2 sum_i |h_i|^2 + b/2 |b|^2 (ufm; Garrod & Keating)", lambda N, B: (1.0, 1.0, 1.0)),
-    "mean": Convention("mean loss + w/2 |W|^2 + h/(2N) sum_i |h_i|^2 + b/2 |b|^2", lambda N, B: (1.0, 1.0 / N, 1.0)),
-    "summed_loss": Convention("summed loss + w/2 |W|^2 + h/2 sum_i |h_i|^2 + b/2 |b|^2", lambda N, B: (1.0 / N, 1.0 / N, 1.0 / N)),
+    "mean": Convention("mean loss + w/2 |W|^2 + h/(2N) sum_i |h_i|^2 + b/2 |b|^2", lambda N, B: (1.0, 1.0 / N, 1.0), ("N",)),
+    "summed_loss": Convention("summed loss + w/2 |W|^2 + h/2 sum_i |h_i|^2 + b/2 |b|^2", lambda N, B: (1.0 / N, 1.0 / N, 1.0 / N), ("N",)),
     "no_halves": Convention("mean loss + w |W|^2 + h sum_i |h_i|^2 + b |b|^2 (Hong & Ling 2023)", lambda N, B: (2.0, 2.0, 2.0)),
     "half_loss_minibatch": Convention(
         "mean CE/2 over a batch of B + w/2 |W|^2 + h/2 sum_batch |h_i|^2 + b/2 |b|^2, in expectation (released code of Dang et al. 2024)",
         lambda N, B: (2.0, 2.0 * B / N, 2.0),
+        ("N", "batch"),
     ),
     "minibatch_sum": Convention(
-        "mean loss over a batch of B + w/2 |W|^2 + h/2 sum_batch |h_i|^2 + b/2 |b|^2, in expectation", lambda N, B: (1.0, B / N, 1.0)
+        "mean loss over a batch of B + w/2 |W|^2 + h/2 sum_batch |h_i|^2 + b/2 |b|^2, in expectation",
+        lambda N, B: (1.0, B / N, 1.0),
+        ("N", "batch"),
     ),
     "weight_decay": Convention("mean loss; the optimiser adds w W, h h_i, b b to the gradients of W, h_i, b", lambda N, B: (1.0, 1.0, 1.0)),
 }

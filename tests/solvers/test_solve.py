@@ -99,9 +99,15 @@ def test_progress_counts_every_run() -> None:
 
 
 def test_steps_are_bounded_on_request() -> None:
-    found = ufm.solve(ufm.Problem(**GRID), method="lbfgs", max_steps=5)
-    assert found.stop == (Stop.STEPS, Stop.STEPS)
-    assert np.all(found.steps <= 40)
+    """All methods, shallow and deep: at most max_steps gradient evaluations a run, and one line search more."""
+    for method in ("lbfgs", "robust"):
+        found = ufm.solve(ufm.Problem(**GRID), method=method, max_steps=5)
+        assert found.stop == (Stop.STEPS, Stop.STEPS)
+        assert np.all(found.steps <= 5 + 31)
+    deep = ufm.Problem([40, 20, 10], width=5, depth=3, features="free", loss=ufm.MSE(), lam_w=1e-3, lam_h=1e-3)
+    assert ufm.solve(deep, max_steps=5).steps[0] <= 5 + 31
+    slow = ufm.Problem(ufm.counts.exponential(20, 50_000, 10_000), width=25, features="relu", loss=ufm.MSE(), lam_w=1e-7, lam_h=1e-7)
+    assert ufm.solve(slow, max_steps=1700).steps[0] <= 1700 + 62
 
 
 def test_penalties_of_zero_leave_the_gap_open() -> None:
@@ -134,3 +140,24 @@ def test_bad_options_get_one_sentence(options: dict[str, Any], words: str) -> No
     with pytest.raises((ValueError, TypeError), match=words) as caught:
         ufm.solve(ufm.Problem(**GRID), **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("features", ["free", "relu"])
+def test_any_width_can_be_solved(features: Any) -> None:
+    """Below the rank of the optimum nothing raises: the run ends stationary with its gap open; its neighbours are proven as ever."""
+    counts = ufm.counts.exponential(8, 5000, 100)
+    problem = ufm.Problem(counts, width=2, features=features, lam_w=[1e-6, 1.0], lam_h=[1e-6, 1.0], loss=ufm.CrossEntropy(0.1))
+    found = ufm.solve(problem, runs=2)
+    assert np.all(found.gap[:2] > 1e-3)
+    assert np.all(found.gap[2:] <= 1e-9)
+    with pytest.raises(ValueError, match="width of at least"):
+        ufm.solve(problem, method="convex", max_steps=300)
+
+
+def test_the_callers_thread_limits_come_back() -> None:
+    """Solving uses one BLAS thread and leaves the process as it was."""
+    from threadpoolctl import threadpool_info
+
+    before = [(pool["prefix"], pool["num_threads"]) for pool in threadpool_info()]
+    ufm.solve(ufm.Problem(**GRID))
+    assert [(pool["prefix"], pool["num_threads"]) for pool in threadpool_info()] == before

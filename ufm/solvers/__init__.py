@@ -40,7 +40,7 @@ def solve(
     scale-free gradient norm tol), "convex" (proximal gradient on the logits, L = 1: nuclear norm, or with ReLU the group lasso of the
     separable case). start: starts.balanced(1.0) by default; run r of every cell draws from the seed (seed, r). max_steps bounds the
     gradient evaluations of a run. progress(done) is called after each block with the number of runs that ended.
-    Returns a Solution of B = G * runs runs, cell-major. Raises ValueError on bad options.
+    One BLAS thread is used below width 512. Returns a Solution of B = G * runs runs, cell-major. Raises ValueError on bad options.
     """
     if method not in METHODS:
         raise ValueError(f"solve: method is {method!r}, but must be one of {', '.join(map(repr, METHODS))}")
@@ -49,6 +49,8 @@ def solve(
             raise ValueError(f"solve: {name} is {value!r}, but must be a whole number, at least {least}")
     if not 0 < tol < 1:
         raise ValueError(f"solve: tol is {tol!r}, but must lie between 0 and 1")
+    from threadpoolctl import threadpool_limits
+
     chain = chain_of(problem)
     start = BalancedNormal() if start is None else start
     factors = first_factors(problem, start, runs, seed, chain)
@@ -56,14 +58,16 @@ def solve(
     x = balanced(rows).from_factors(factors)
     block = block_size(BYTES_PER_COORDINATE * x.shape[1], device)
     outcomes = []
-    for first in range(0, len(x), block):
-        part = np.arange(first, min(first + block, len(x)))
-        outcomes.append(METHODS[method](rows.pick(part), x[part], tol, max_steps or 20_000, device))
-        if progress is not None:
-            progress(len(part))
-    return _solution(rows, outcomes, device)
+    with threadpool_limits(1 if problem.width < MANY_THREADS else None):
+        for first in range(0, len(x), block):
+            part = np.arange(first, min(first + block, len(x)))
+            outcomes.append(METHODS[method](rows.pick(part), x[part], tol, max_steps or 20_000, device))
+            if progress is not None:
+                progress(len(part))
+        return _solution(rows, outcomes, device)
 
 
+MANY_THREADS = 512  # width from which one product is worth more than one BLAS thread
 BYTES_PER_COORDINATE = 8 * 18  # a run's pairs, point, gradient and temporaries
 
 

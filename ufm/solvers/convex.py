@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ufm.certificate import dual_bound, rounded
+from ufm.certificate import dual_bound, relative_gap
 from ufm.losses import ConvexLoss
 from ufm.objective import Balanced, balanced
 from ufm.problem import Problem
@@ -27,7 +27,7 @@ CHECK = 20  # iterations between two looks at the gap
 
 def convex(rows: Problem, x: Floats, tol: float, max_steps: int, device: str) -> Outcome:
     """Accelerated proximal gradient with restarts (O'Donoghue & Candès 2015) from the logits of x (B, n); numpy on the CPU only."""
-    if not has_convex_form(rows):
+    if not has_convex_form(rows).all():
         raise ValueError(
             "solve: method='convex' needs depth=1, features 'free' or 'relu', columns='means', a convex loss, lam_w > 0 and lam_h > 0; "
             "use method='robust'"
@@ -35,18 +35,26 @@ def convex(rows: Problem, x: Floats, tol: float, max_steps: int, device: str) ->
     if device != "numpy":
         raise ValueError(f"solve: method='convex' is a reference on device 'numpy' only, not {device!r}; use method='robust'")
     ends = [proximal(rows.cell(i), x[i : i + 1], tol, max_steps) for i in range(len(x))]
-    return Outcome(
-        np.concatenate([e.x for e in ends]),
-        tuple(e.stop[0] for e in ends),
-        np.concatenate([e.steps for e in ends]),
-        np.concatenate([e.rounds for e in ends]),
-    )
+    rank = max(end.rank for end in ends)
+    if rank > rows.width:
+        raise ValueError(f"solve: method='convex' found rank {rank}, but width is {rows.width}; use a width of at least {rank}")
+    steps = np.array([end.steps for end in ends])
+    return Outcome(np.concatenate([end.x for end in ends]), tuple(end.stop for end in ends), steps, np.ones_like(steps))
 
 
-def has_convex_form(rows: Problem) -> bool:
-    """Whether the proximal references apply."""
-    shape = rows.depth == 1 and rows.features != "relu_of_free" and rows.columns == "means"
-    return shape and isinstance(rows.loss, ConvexLoss) and bool(np.all(rows.lam_w > 0) and np.all(rows.lam_h > 0))
+def has_convex_form(rows: Problem) -> NDArray[np.bool_]:
+    """Where the proximal references apply, (B,)."""
+    shape = rows.depth == 1 and rows.features != "relu_of_free" and rows.columns == "means" and isinstance(rows.loss, ConvexLoss)
+    return np.asarray(shape & np.all(rows.lam_w > 0, axis=1) & (rows.lam_h > 0))
+
+
+class Proximal(NamedTuple):
+    """x (1, n) where one run ended, in as many coordinates as there are; rank of its logits; why it stopped; gradient evaluations."""
+
+    x: Floats
+    rank: int
+    stop: Stop
+    steps: int
 
 
 class _Point(NamedTuple):
@@ -54,7 +62,7 @@ class _Point(NamedTuple):
     b: Floats  # (K, 1), in balanced units; zeros without bias
 
 
-def proximal(cell: Problem, x: Floats, tol: float, max_steps: int) -> Outcome:
+def proximal(cell: Problem, x: Floats, tol: float, max_steps: int) -> Proximal:
     """One run (x (1, n), one cell), to the relative gap tol or until the proximal step stands still."""
     frame = balanced(cell)
     shrink = _singular_values if cell.features == "free" else _columns
@@ -86,7 +94,7 @@ def proximal(cell: Problem, x: Floats, tol: float, max_steps: int) -> Outcome:
         if still:
             stop = Stop.GRADIENT
             break
-    return Outcome(_factored(cell, frame, point), (stop,), np.array([step]), np.array([1]))
+    return Proximal(*_factored(cell, frame, point), stop, step)
 
 
 def _slope(frame: Balanced, point: _Point) -> _Point:
@@ -110,22 +118,23 @@ def _columns(X: Floats, by: float) -> Floats:
 
 
 def _gap(cell: Problem, frame: Balanced, point: _Point) -> float:
-    x = _factored(cell, frame, point)
-    value = frame.value_and_gradient(x)[0] * frame.unit
-    return float(rounded(1 - dual_bound(cell, frame.to_factors(x)).lower / value)[0])
+    x, _ = _factored(cell, frame, point)
+    return float(relative_gap(frame.value(x) * frame.unit, dual_bound(cell, frame.to_factors(x)).lower)[0])
 
 
-def _factored(cell: Problem, frame: Balanced, point: _Point) -> Floats:
-    """Balanced factors with W H = Z: along the singular vectors, or with ReLU one private coordinate per live class."""
+def _factored(cell: Problem, frame: Balanced, point: _Point) -> tuple[Floats, int]:
+    """(x, rank): balanced factors with W H = Z along the singular vectors, or with ReLU one private coordinate per live class.
+
+    Where the rank exceeds the width only the strongest directions fit.
+    """
     if cell.features == "free":
         U, s, Vt = np.linalg.svd(point.X)
     else:
         s = np.linalg.norm(point.X, axis=0)
         U, Vt = point.X / np.where(s > 0, s, 1.0), np.eye(cell.classes)
-    live = np.flatnonzero(s > 1e-14 * s.max(initial=0.0))
-    if len(live) > cell.width:
-        raise ValueError(f"solve: method='convex' found rank {len(live)}, but width is {cell.width}; use a width of at least {len(live)}")
+    rank = int(np.sum(s > 1e-14 * s.max(initial=0.0)))
+    live = np.sort(np.argsort(-s)[: min(rank, cell.width)])
     H, W = np.zeros((1, cell.width, cell.classes)), np.zeros((1, cell.classes, cell.width))
     root = np.sqrt(s[live])
     H[0, : len(live)], W[0, :, : len(live)] = root[:, None] * Vt[live], U[:, live] * root
-    return np.asarray(frame.pack([H, W, *([point.b[None]] if cell.lam_b is not None else [])]))
+    return np.asarray(frame.pack([H, W, *([point.b[None]] if cell.lam_b is not None else [])])), rank

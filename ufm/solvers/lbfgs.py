@@ -24,14 +24,16 @@ NEGLIGIBLE = 1e-28  # squared gradient over value: nothing left to gain in float
 
 @dataclass(frozen=True)
 class LBFGS:
-    """Options: history length, tolerance on the scale-free gradient norm, largest number of gradient evaluations, patience in stalls.
+    """Options: history length, tolerance on the scale-free gradient norm, most gradient evaluations (of all or of each run), patience.
+
+    The last line search may overrun max_steps.
 
     A run stalls after `patience` evaluations without progress at float64's floor, twenty times as many above it.
     """
 
     memory: int = 5
     tol: float = 1e-10
-    max_steps: int = 20_000
+    max_steps: int | NDArray[np.int64] = 20_000
     patience: int = 30
 
 
@@ -122,7 +124,7 @@ def minimise(function: Balanced, x: Array, options: LBFGS) -> Minimum:
     batch = x.shape[0]
     f, g = function.value_and_gradient(x)
     end_x, end_f = xp.asarray(x, copy=True), xp.asarray(f, copy=True)
-    stop = np.full(batch, Stop.STEPS, dtype=object)
+    stop, budget = np.full(batch, Stop.STEPS, dtype=object), np.broadcast_to(options.max_steps, batch)
     steps = np.ones(batch, dtype=np.int64)
     runs = np.arange(batch)  # which run each row of the batch is
     used = np.ones(batch, dtype=np.int64)
@@ -132,17 +134,17 @@ def minimise(function: Balanced, x: Array, options: LBFGS) -> Minimum:
     while True:
         size = norm(p)
         scale = norm(x if function.penalty is None else function.penalty * x)
-        done = (size <= options.tol * scale) | (size * size <= NEGLIGIBLE * xp.abs(f))
+        flat = to_numpy(size * size <= NEGLIGIBLE * xp.abs(f))
         relative = to_numpy(size / xp.where(scale > 0, scale, 1.0))
         value = to_numpy(f)
         better = (relative < 0.9 * best) | (value < lowest - PROGRESS * np.abs(value))
         best, lowest = np.where(better, np.minimum(relative, best), best), np.where(better, value, lowest)
         stale = np.where(better, 0, stale + tried)
         flags = {
-            Stop.GRADIENT: to_numpy(done),
+            Stop.GRADIENT: to_numpy(size <= options.tol * scale),
             Stop.DIVERGED: ~np.isfinite(value),
-            Stop.STALLED: stale > np.where(relative < FLOOR, options.patience, 20 * options.patience),
-            Stop.STEPS: used >= options.max_steps,
+            Stop.STALLED: flat | (stale > np.where(relative < FLOOR, options.patience, 20 * options.patience)),
+            Stop.STEPS: used >= budget[runs],
         }
         leaving = np.zeros(len(runs), dtype=bool)
         for reason, flag in flags.items():
@@ -221,7 +223,7 @@ def search(function: Balanced, x: Array, f: Array, g: Array, d: Array) -> tuple[
 
 def _accepted(f: Array, f_new: Array, slope: Array, slope_new: Array) -> Array:
     xp = namespace(f)
-    decreases = f_new <= f + DECREASE * slope
+    decreases = f_new <= f + DECREASE * xp.clip(slope, None, 0.0)
     flat = (f_new <= f + NOISE * xp.abs(f)) & (slope_new <= -SLOPE * slope)
     return decreases | flat
 

@@ -7,13 +7,14 @@ chains whose bound is not met are solved once more from an aligned start.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ufm.arrays import place, to_numpy
-from ufm.certificate import Dual, dual_bound, rounded
+from ufm.certificate import Dual, dual_bound, relative_gap
 from ufm.objective import Balanced, balanced, objective
 from ufm.problem import Problem
 from ufm.records import Stop
@@ -56,22 +57,25 @@ def _on_means(rows: Problem, x: Floats, tol: float, max_steps: int, device: str)
 def _shallow(rows: Problem, x: Floats, tol: float, max_steps: int, device: str) -> Outcome:
     """The loop itself, for L = 1; the lowest end point is kept. A run leaves once proven, out of steps, or after FUTILE idle rounds."""
     frame, placed = balanced(rows), balanced(rows, device=device)
-    convex_help = has_convex_form(rows) and (rows.features == "free" or rows.lam_b is None)
+    helped = has_convex_form(rows) & (rows.features == "free" or rows.lam_b is None)  # (B,): proximal steps are worth trying
     B, here, x, todo = len(x), x, x.copy(), np.arange(len(x))
     stop, best, idle = np.full(B, Stop.ROUNDS, dtype=object), np.full(B, np.inf), np.zeros(B, dtype=np.int64)
     steps, rounds = np.zeros(B, dtype=np.int64), np.zeros(B, dtype=np.int64)
     for number in range(MAX_ROUNDS):
         problem, part = rows.pick(todo), frame.pick(todo)
-        options = LBFGS(tol=_accuracy(tol, number), max_steps=min(max_steps, PATIENCE) if convex_help else max_steps)
+        budget = max_steps - steps[todo]
+        options = LBFGS(tol=_accuracy(tol, number), max_steps=np.where(helped[todo], np.minimum(budget, PATIENCE), budget))
         found = minimise(placed.pick(place(todo, device)), place(here, device), options)
+        steps[todo] += found.steps
         point = simplified(problem, part, to_numpy(found.x))
-        slow = np.array([convex_help and s in (Stop.STALLED, Stop.STEPS) for s in found.stop])
-        point, extra = _proximal(problem, part, point, slow, tol)
-        value, (gap, dual) = part.value_and_gradient(point)[0], _proof(problem, part, point)
-        proven = gap <= tol
-        steps[todo] += found.steps + extra
+        value, (gap, dual) = part.value(point), _proof(problem, part, point)
+        slow = helped[todo] & ~(gap <= tol) & np.array([s in (Stop.STALLED, Stop.STEPS) for s in found.stop])
+        if slow.any():
+            point, extra = _proximal(problem, part, point, slow, tol, max_steps - steps[todo])
+            steps[todo] += extra
+            value, (gap, dual) = part.value(point), _proof(problem, part, point)
+        proven, lower = gap <= tol, (gap <= tol) | (value <= best[todo])
         rounds[todo] = number + 1
-        lower = proven | (value <= best[todo])
         idle[todo] = np.where(value < best[todo] * (1 - 1e-12), 0, idle[todo] + 1)
         best[todo] = np.minimum(best[todo], value)
         x[todo] = np.where(lower[:, None], point, x[todo])
@@ -93,57 +97,104 @@ def _accuracy(tol: float, number: int) -> float:
 def _proof(problem: Problem, frame: Balanced, x: Floats) -> tuple[Floats, Dual]:
     """The relative gap each point proves, NaN if none, and the dual side it comes from."""
     dual = dual_bound(problem, frame.to_factors(x))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return rounded(1.0 - dual.lower / (frame.value_and_gradient(x)[0] * frame.unit)), dual
+    return relative_gap(frame.value(x) * frame.unit, dual.lower), dual
 
 
-def _proximal(problem: Problem, frame: Balanced, x: Floats, slow: NDArray[np.bool_], tol: float) -> tuple[Floats, NDArray[np.int64]]:
+def _proximal(
+    problem: Problem, frame: Balanced, x: Floats, slow: NDArray[np.bool_], tol: float, budget: NDArray[np.int64]
+) -> tuple[Floats, NDArray[np.int64]]:
     """Proximal steps on the logits for the runs that L-BFGS leaves crawling (singular values of the logits far apart); kept where lower.
 
     The group lasso is an upper bound of the ReLU problem, so a lower value there is one here; with a bias it rarely is the optimum.
     """
     x, extra = x.copy(), np.zeros(len(x), dtype=np.int64)
-    for i in np.flatnonzero(slow):
-        found = proximal(problem.cell(int(i)), x[i : i + 1], tol, PATIENCE)
-        values = frame.pick(np.array([i, i])).value_and_gradient(np.concatenate([x[i : i + 1], found.x]))[0]
-        if values[1] <= values[0] * (1 + 1e-15):
-            x[i], extra[i] = found.x[0], found.steps[0]
+    for i in np.flatnonzero(slow & (budget > 0)):
+        found = proximal(problem.cell(int(i)), x[i : i + 1], tol, int(min(PATIENCE, budget[i])))
+        values = frame.pick(np.array([i, i])).value(np.concatenate([x[i : i + 1], found.x]))
+        extra[i] = found.steps
+        x[i] = found.x[0] if values[1] <= values[0] * (1 + 1e-15) else x[i]
     return x, extra
 
 
 def _deep(rows: Problem, x: Floats, tol: float, max_steps: int, device: str) -> Outcome:
     """One local solve, and one more from aligned factors for the runs whose bound is known but not met; the lower end point is kept."""
     frame, placed = balanced(rows), balanced(rows, device=device)
-    options = LBFGS(tol=_accuracy(tol, 2), max_steps=max_steps)
-    found = minimise(placed, place(x, device), options)
-    x, steps, rounds = simplified(rows, frame, to_numpy(found.x)), found.steps.copy(), np.ones(len(x), dtype=np.int64)
+    first = _polished(rows, frame, placed, x, tol, max_steps, device)
+    x, steps, rounds, stop = first.x, first.steps.copy(), first.rounds, np.array(first.stop, dtype=object)
     gap, _ = _proof(rows, frame, x)
-    again = np.flatnonzero(gap > tol)
+    again = np.flatnonzero((gap > tol) & (steps < max_steps))
     if len(again):
         problem, part = rows.pick(again), frame.pick(again)
-        second = minimise(placed.pick(place(again, device)), place(aligned(problem, part), device), options)
-        point = simplified(problem, part, to_numpy(second.x))
-        better = part.value_and_gradient(point)[0] < part.value_and_gradient(x[again])[0]
-        x[again] = np.where(better[:, None], point, x[again])
+        start, budget = aligned_with_slope(problem, part), max_steps - steps[again]
+        second = _polished(problem, part, placed.pick(place(again, device)), start, tol, budget, device)
+        better = part.value(second.x) < part.value(x[again])
+        x[again] = np.where(better[:, None], second.x, x[again])
+        stop[again] = [new if b else old for new, old, b in zip(second.stop, stop[again], better, strict=True)]
         steps[again], rounds[again] = steps[again] + second.steps, 2
         gap, _ = _proof(rows, frame, x)
-    stop = tuple(Stop.GAP if g <= tol else s for g, s in zip(gap, found.stop, strict=True))
-    return Outcome(x, stop, steps, rounds)
+    return Outcome(x, tuple(Stop.GAP if g <= tol else s for g, s in zip(gap, stop, strict=True)), steps, rounds)
 
 
-def aligned(problem: Problem, frame: Balanced) -> Floats:
-    """Balanced factors, aligned along the first coordinates, whose product is -slope(0) D^{1/2}: all its singular values alive."""
+def _polished(
+    rows: Problem, frame: Balanced, placed: Balanced, x: Floats, tol: float, max_steps: int | NDArray[np.int64], device: str
+) -> Outcome:
+    """A local solve of a deep chain; where the chain is linear and pruning lowers the end point, a second one from there."""
+    options = LBFGS(tol=_accuracy(tol, 2), max_steps=max_steps)
+    found = minimise(placed, place(x, device), options)
+    x, steps, stop = simplified(rows, frame, to_numpy(found.x)), found.steps, np.array(found.stop, dtype=object)
+    pruned = prune(rows, frame, x)
+    lower = np.flatnonzero((frame.value(pruned) < frame.value(x) * (1 - 1e-14)) & (steps < max_steps))
+    if len(lower):
+        left = (np.broadcast_to(max_steps, len(x)) - steps)[lower]
+        second = minimise(placed.pick(place(lower, device)), place(pruned[lower], device), replace(options, max_steps=left))
+        x, steps = x.copy(), steps.copy()
+        x[lower] = simplified(rows.pick(lower), frame.pick(lower), to_numpy(second.x))
+        steps[lower] += second.steps
+        stop[lower] = second.stop
+    return Outcome(x, tuple(stop), steps, np.ones(len(x), dtype=np.int64))
+
+
+def prune(rows: Problem, frame: Balanced, x: Floats) -> Floats:
+    """Linear chains with free features: each singular direction of the product dropped where that lowers F, weakest first.
+
+    Near a first-order transition descent keeps directions alive (L >= 2) that the optimum has dead; dropping one is no small step.
+    """
+    if rows.features != "free" or rows.activation != "linear":
+        return x
+    parts = frame.unpack(x)
+    product = parts[0]
+    for W in parts[1 : rows.depth + 1]:
+        product = W @ product
+    U, s, Vt = np.linalg.svd(product, full_matrices=False)
+    bias = parts[rows.depth + 1 :]
+    best = aligned(rows, frame, U, s, Vt, bias)
+    for i in reversed(range(s.shape[1])):
+        without = s.copy()
+        without[:, i] = 0.0
+        trial = aligned(rows, frame, U, without, Vt, bias)
+        lower = frame.value(trial) < frame.value(best)
+        best, s = np.where(lower[:, None], trial, best), np.where(lower[:, None], without, s)
+    return best
+
+
+def aligned_with_slope(problem: Problem, frame: Balanced) -> Floats:
+    """Balanced factors whose product is -slope(0) D^{1/2}: all its singular values alive."""
     zero = frame.unpack(np.zeros((problem.cells, len(frame.lower))))
-    slope = objective(problem).slope(zero)
-    U, s, Vt = np.linalg.svd(-slope * np.sqrt(problem.multiplicity)[:, None, :], full_matrices=False)
-    r = min(s.shape[1], problem.width)
-    root = s[:, :r] ** (1.0 / (problem.depth + 1))
-    parts = [np.zeros(p.shape) for p in zero]
+    U, s, Vt = np.linalg.svd(-objective(problem).slope(zero) * np.sqrt(problem.multiplicity)[:, None, :], full_matrices=False)
+    return aligned(problem, frame, U, s, Vt, zero[problem.depth + 1 :])
+
+
+def aligned(problem: Problem, frame: Balanced, U: Floats, s: Floats, Vt: Floats, bias: Sequence[Floats]) -> Floats:
+    """Balanced factors F_l = S^{1/(L+1)} along the first coordinates, whose product is U S V^T (B, K, cols); the cheapest such factors."""
+    L, d = problem.depth, problem.width
+    r = min(s.shape[1], d)
+    root = s[:, :r] ** (1.0 / (L + 1))
+    parts = [np.zeros((len(s), *shape)) for shape in frame.shapes[: L + 1]]
     parts[0][:, :r] = root[:, :, None] * Vt[:, :r]
-    for layer in range(1, problem.depth):
+    for layer in range(1, L):
         parts[layer][:, range(r), range(r)] = root
-    parts[problem.depth][:, :, :r] = U[:, :, :r] * root[:, None, :]
-    x: Floats = frame.pack(parts)
+    parts[L][:, :, :r] = U[:, :, :r] * root[:, None, :]
+    x: Floats = frame.pack([*parts, *bias])
     return x
 
 
@@ -154,28 +205,20 @@ def simplified(problem: Problem, frame: Balanced, x: Floats) -> Floats:
     """
     parts = frame.unpack(x)
     if problem.depth == 1:
-        H, W = parts[0], parts[1]
-        H, W = _by_svd(H, W) if problem.features == "free" else _by_direction(H, W)
-        x_new = frame.pack([H, W, *parts[2:]])
+        if problem.features == "free":
+            U, s, Vt = np.linalg.svd(parts[1] @ parts[0], full_matrices=False)
+            x_new = aligned(problem, frame, U, np.where(s > FAINT**2 * s[:, :1], s, 0.0), Vt, parts[2:])
+        else:
+            x_new = frame.pack([*_by_direction(parts[0], parts[1]), *parts[2:]])
     else:
         x_new = x
     matrices, bias = parts[: problem.depth + 1], parts[problem.depth + 1 :]
     zero = frame.pack([*(np.zeros_like(p) for p in matrices), *bias])
-    values = np.stack([frame.value_and_gradient(np.ascontiguousarray(y))[0] for y in (x_new, x, zero)])
+    values = np.stack([frame.value(y) for y in (x_new, x, zero)])
     near_zero = sum(np.sum(p**2, axis=(1, 2)) for p in matrices) <= 1e-12 * values[1]
     lower = (values[2] <= values[1] * (1 + 1e-14)) & near_zero
     keep = values[0] <= values[1] * (1 + 1e-12)
     return np.where(lower[:, None], zero, np.where(keep[:, None], x_new, x))
-
-
-def _by_svd(H: Floats, W: Floats) -> tuple[Floats, Floats]:
-    """Balanced factors of W H (B, K, cols) along its singular vectors, the rest of the d coordinates at 0."""
-    U, s, Vt = np.linalg.svd(W @ H, full_matrices=False)
-    r = min(s.shape[1], W.shape[2])
-    root = np.sqrt(np.where(s > FAINT**2 * s[:, :1], s, 0.0))[:, :r]
-    H_new, W_new = np.zeros_like(H), np.zeros_like(W)
-    H_new[:, :r], W_new[:, :, :r] = root[:, :, None] * Vt[:, :r], U[:, :, :r] * root[:, None, :]
-    return H_new, W_new
 
 
 def _by_direction(H: Floats, W: Floats) -> tuple[Floats, Floats]:
@@ -221,7 +264,7 @@ def seed_atoms(problem: Problem, frame: Balanced, x: Floats, dual: Dual) -> Floa
     best, x_best = np.full(len(x), np.inf), x.copy()
     for t in TRIALS:
         trial = frame.pack([H + np.sqrt(t) * dH, W + np.sqrt(t) * dW, *parts[2:]])
-        F = frame.value_and_gradient(trial)[0]
+        F = frame.value(trial)
         better = seeded & (best > F)
         best, x_best = np.where(better, F, best), np.where(better[:, None], trial, x_best)
     return x_best
