@@ -18,6 +18,7 @@ import numpy as np
 
 import ufm
 from studies import STUDIES, results
+from ufm.theory.imbalance import collapse_level
 
 K = 10
 N_MAX = 5000  # samples of the largest class, as in CIFAR-10-LT
@@ -88,10 +89,9 @@ def minority_collapse(options: Options) -> list[results.Row]:
         problem = ufm.Problem([counts_of(ratio) for ratio, _ in grid], width=2 * K, features="relu", lam_w=lams, lam_h=lams)
         with tqdm(total=len(grid), desc=pattern, unit="cell", disable=None, mininterval=0.5) as bar:
             found = ufm.solve(problem, seed=options.seed, tol=options.tol, device=options.device, progress=bar.update)
-        theory = ufm.predict(problem)
+        theory, levels = ufm.predict(problem), collapse_level(problem.counts)  # kappa^2 K/(K-1) = n_k
         for g, (ratio, lam) in enumerate(grid):
-            counts, N = problem.counts[g], problem.samples[g]
-            lam_k = np.sqrt(counts * (K - 1) / K) / N  # kappa^2 K/(K-1) = n_k
+            counts, N, lam_k = problem.counts[g], problem.samples[g], levels[g]
             same = found.regime[g] == theory.regime[g] and np.array_equal(found.collapsed[g], theory.collapsed[g])
             rows.append(
                 {"pattern": pattern, "ratio": ratio, "n_min": counts[-1], "n_max": counts[0], "N": N, "lam": lam}

@@ -11,7 +11,7 @@ import pytest
 from mpmath import mp, mpf
 
 from catalog import LIBRARIES, to_library
-from ufm.arrays import block_size, column_sums, device_of, flatten, like, namespace, norm, one_hot, place, safe_exp_sum, to_numpy
+from ufm.arrays import block_size, column_sums, device_of, flatten, like, namespace, norm, place, safe_exp_sum, to_numpy
 
 RNG = np.random.default_rng(0)
 
@@ -63,15 +63,6 @@ def test_sums_and_shapes(library: str) -> None:
             assert np.array_equal(to_numpy(got), expected)
         assert kind(norm(on)) == kind(on)
         assert to_numpy(norm(on)) == pytest.approx(np.linalg.norm(x, axis=-1), rel=4 * float(np.finfo(dtype).eps))
-
-
-def test_one_hot(library: str) -> None:
-    """Entry (.., k, c) is 1 where column c has label k, in x's dtype and device."""
-    labels = np.array([[0, 2, 1, 2], [1, 1, 0, 0]])
-    x = to_library(library, np.zeros(1, dtype=np.float32))
-    hot = one_hot(to_library(library, labels), 3, x)
-    assert kind(hot) == kind(x)
-    assert to_numpy(hot).tolist() == [[[float(row[c] == k) for c in range(4)] for k in range(3)] for row in labels]
 
 
 def test_place() -> None:

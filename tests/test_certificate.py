@@ -247,7 +247,9 @@ def test_a_cell_keeps_its_proof_whatever_its_neighbours_are() -> None:
 
 def test_a_bias_penalty_next_to_nothing_keeps_the_proof() -> None:
     """lam_b from 1e-300 to 1e-3: the bound stays as good as with a free bias."""
-    problem = ufm.Problem([30, 10, 5], width=4, features="relu", lam_w=5e-3, lam_h=5e-3, lam_b=[0.0, 1e-300, 1e-100, 1e-30, 1e-12, 1e-6, 1e-3])
+    problem = ufm.Problem(
+        [30, 10, 5], width=4, features="relu", lam_w=5e-3, lam_h=5e-3, lam_b=[0.0, 1e-300, 1e-100, 1e-30, 1e-12, 1e-6, 1e-3]
+    )
     found = ufm.solve(problem)
     assert np.all(found.gap <= 1e-9)
     assert np.all(np.diff(found.value) >= -1e-12)

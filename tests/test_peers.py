@@ -130,12 +130,17 @@ def test_minority_merging_at_the_hong_ling_number(small: float) -> None:
 @pytest.mark.parametrize(("depth", "over"), [(2, 1.01), (2, 1.15), (3, 1.05), (3, 1.3), (6, 1.02), (6, 1.3)])
 @pytest.mark.parametrize("counts", [[100] * 4, [200, 100, 50, 50]], ids=["balanced", "imbalanced"])
 def test_beyond_the_first_order_jump(counts: list[int], depth: int, over: float) -> None:
-    """Between the transition of the smallest class and its spinodal, living directions are local minima: the dead ones are found and proven."""
-    problem = ufm.Problem(counts, width=6, depth=depth, features="free", loss=ufm.MSE(), lam_w=1.0, lam_h=1.0)
-    level = np.exp(-ufm.predict(problem).distance[0]) * over  # the nearest boundary is that of the largest class ...
-    level = level * np.sqrt(min(counts) / max(counts)) ** (2 / (depth + 1)) if len(set(counts)) > 1 else level
-    cell = ufm.Problem(counts, width=6, depth=depth, features="free", loss=ufm.MSE(), lam_w=level, lam_h=level)
+    """Between a class's first-order transition and its spinodal the living direction is a local minimum: the dead one is found."""
+
+    def at(level: float) -> ufm.Problem:
+        return ufm.Problem(counts, width=6, depth=depth, features="free", loss=ufm.MSE(), lam_w=level, lam_h=level)
+
+    largest = np.exp(-ufm.predict(at(1.0)).distance[0])  # the transition of the largest class, the nearest from far above
+    smallest = largest * (min(counts) / max(counts)) ** (depth / (depth + 1))
+    assert not ufm.predict(at(smallest * 0.999)).collapsed.any()
+    cell = at(smallest * over)
     theory, found = ufm.predict(cell), ufm.solve(cell, runs=6)
+    assert theory.collapsed.any()
     assert found.value == pytest.approx(theory.value[0], rel=1e-10)
     assert np.all(found.gap <= 1e-9)
     assert np.all(found.collapsed == theory.collapsed)

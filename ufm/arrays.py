@@ -23,7 +23,6 @@ __all__ = [
     "like",
     "namespace",
     "norm",
-    "one_hot",
     "place",
     "safe_exp_sum",
     "to_numpy",
@@ -84,13 +83,6 @@ def norm(x: Array) -> Array:
     """The Euclidean norm over the last axis."""
     xp = namespace(x)
     return xp.sqrt(xp.vecdot(x, x))
-
-
-def one_hot(labels: Array, classes: int, x: Array) -> Array:
-    """(..., cols) integer labels -> (..., classes, cols) of zeros and ones in x's dtype and device."""
-    xp = namespace(x)
-    rows = xp.arange(classes, dtype=labels.dtype, device=device_of(labels))
-    return xp.astype(rows[:, None] == labels[..., None, :], x.dtype)
 
 
 def safe_exp_sum(R: Array, keep: Array) -> tuple[Array, Array, Array]:

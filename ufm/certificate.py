@@ -57,7 +57,12 @@ def certify(problem: Problem, factors: Sequence[Array]) -> Certificate:
 
 def per_run(problem: Problem, factors: Sequence[Array]) -> tuple[Problem, tuple[Floats, ...]]:
     """The problem with one cell per run, and the factors in numpy; the door of every call that takes factors."""
-    points = tuple(np.asarray(to_numpy(f), dtype=np.float64) for f in factors)
+    if not isinstance(problem, Problem):
+        raise TypeError(f"certify: problem is {problem!r}, but must be a ufm.Problem")
+    try:
+        points = tuple(np.asarray(to_numpy(f), dtype=np.float64) for f in factors)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"certify: factors is {factors!r:.60}, but must be the arrays (H, W_1, ..., W_L[, b])") from error
     chain = objective(problem.pick([0])).chain
     shapes = chain.shapes(problem.width, problem.classes, problem.labels.shape[1])
     got = [p.shape for p in points]
@@ -105,7 +110,8 @@ def _convex_bound(rows: Problem, loss: ConvexLoss, points: Sequence[Floats]) -> 
         return _fenchel(rows, loss, slopes)
     weight = rows.counts / rows.samples[:, None]
     recentred, free = loss.recentre(slopes, _targets(rows, loss), weight), rows.lam_b == 0
-    term = np.sum(np.sum(weight[:, None, :] * slopes, axis=2) ** 2, axis=1) / (2 * np.where(free, np.inf, rows.lam_b))
+    with np.errstate(over="ignore"):
+        term = np.sum(np.sum(weight[:, None, :] * slopes, axis=2) ** 2, axis=1) / (2 * np.where(free, np.inf, rows.lam_b))
     first = _fenchel(rows, loss, np.where(free[:, None, None], recentred, slopes), term)
     if not np.any(term > first.lower):
         return first

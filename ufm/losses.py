@@ -3,7 +3,7 @@
 value (B, cols) is the loss of each column; slope (B, K, cols) its gradient in Z; curve(Z, T, V) its Hessian applied to V.
 conjugate(G, T) = sup_z g.z - loss(z), per column, for slopes G; recentre(G, T, w) moves slopes to a nearby G' in the conjugate's
 domain with sum_c w_c g'_c = 0 (what a free bias asks of a dual point). A loss that is not known to be convex has neither.
-A new loss is one class with these methods and one line in TABLE.
+A new loss is one class with these methods and one line in the tables at the foot.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ class CrossEntropy:
 
     def plain(self) -> bool:
         """Whether only class weights, if anything, set this loss apart from the textbook cross-entropy."""
-        return self.label_smoothing == 0 and self.logit_adjustment is None and bool(np.all(np.asarray(self.temperature) == 1))
+        adjust = np.asarray(0.0 if self.logit_adjustment is None else self.logit_adjustment)
+        same_shift = np.all(adjust == 0) if adjust.ndim == 0 else np.all(adjust == adjust[..., :1])
+        return self.label_smoothing == 0 and bool(same_shift) and bool(np.all(np.asarray(self.temperature) == 1))
 
     def per_class(self, counts: NDArray[np.int64]) -> dict[str, Floats | None]:
         """weights omega, shift a, temperature, each (G, K) or None where trivial, for counts (G, K)."""
@@ -177,8 +179,8 @@ class CrossEntropy:
     def recentre(self, G: Array, T: Targets, w: Array) -> Array:
         """The simplex columns v_c form a transport plan w_c omega_c v_cj with known margins; round it to them exactly.
 
-        Rounding as in Altschuler, Weed & Rigollet 2017, on the off-diagonal masses: shrink the rows that carry too much, then fill
-        the deficits of rows and columns by their outer product. Slopes of a column still sum to zero.
+        Rounding as in Altschuler, Weed & Rigollet 2017: shrink the rows that carry too much, then fill the deficits of rows and columns
+        by their outer product. Slopes of a column still sum to zero.
         """
         xp = namespace(G)
         soft = T.onehot if T.soft is None else T.soft
@@ -313,11 +315,11 @@ def from_autograd(value: Callable[[Any, Any], Any]) -> FromAutograd:
 
 
 Loss = CrossEntropy | MSE | Focal | FromAutograd
-ConvexLoss = CrossEntropy | MSE
+ConvexLoss = CrossEntropy | MSE  # those with a conjugate
 
-TABLE = {
+TABLE: dict[str, type[Loss]] = {
     "CE": CrossEntropy,
     "MSE": MSE,
     "focal": Focal,
-    "autograd": from_autograd,
+    "autograd": FromAutograd,
 }

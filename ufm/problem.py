@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ufm.losses import CrossEntropy, Loss
+from ufm.losses import TABLE, CrossEntropy, Loss
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -53,7 +53,7 @@ class Problem:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Problem: {name} is {getattr(self, name)!r}, but must be one of {', '.join(map(repr, allowed))}")
-        if not isinstance(self.loss, Loss):
+        if not isinstance(self.loss, tuple(TABLE.values())):
             raise TypeError(
                 f"Problem: loss is {self.loss!r}, but must be a loss object; use ufm.CrossEntropy(), ufm.MSE(), ufm.Focal(gamma) "
                 "or ufm.losses.from_autograd(value)"
@@ -82,7 +82,8 @@ class Problem:
         cells = max(lengths.values())
         for name, length in lengths.items():
             if length not in (1, cells):
-                raise ValueError(f"Problem: {name} has {length} cells, but the grid has {cells}; give 1 or {cells}")
+                most = max(lengths, key=lambda n: lengths[n])
+                raise ValueError(f"Problem: {name} has {length} cells, but {most} has {cells}; give 1 or {cells} for both")
         for name in ("counts", "lam_w", "lam_h", "lam_b"):
             if name in given:
                 wide = self.depth if name == "lam_w" else given[name].shape[-1]
@@ -174,6 +175,8 @@ def _counts(value: Any) -> Ints:
 
 
 def _penalty(name: str, value: Any) -> Floats:
+    if isinstance(value, bool):
+        raise TypeError(f"Problem: {name} is {value}, but must be a number or an array of numbers")
     try:
         array = np.atleast_1d(np.asarray(value, dtype=np.float64))
     except (TypeError, ValueError) as error:

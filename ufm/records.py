@@ -25,8 +25,8 @@ class Regime(Enum):
     """The one list of regime names; the value is what a map's legend says."""
 
     DISTINCT = "all classes distinct"
-    MERGED = "minority classes merged, not zero"
-    MINORITY_ZERO = "minority classes at zero"
+    MERGED = "some classes merged, not zero"
+    MINORITY_ZERO = "some classes at zero"
     ALL_ZERO = "all features at zero"
     UNKNOWN = "unknown"
 

@@ -124,7 +124,7 @@ def first_factors(problem: Problem, start: Start | Given, runs: int, seed: int, 
     Raises ValueError where given factors do not fit the problem.
     """
     if isinstance(start, type) or not (isinstance(start, Given) or hasattr(start, "draw")):
-        raise TypeError(f"starts: start is {start!r}, but must be one of ufm.starts, called: ufm.starts.balanced(1.0)")
+        raise TypeError(f"starts: start is {start!r}, but must be one of ufm.starts ({', '.join(TABLE)}), called: ufm.starts.balanced(1.0)")
     shapes = chain.shapes(problem.width, problem.classes, problem.labels.shape[1])
     nonnegative = problem.features == "relu"
     if isinstance(start, Given):
@@ -145,7 +145,10 @@ def first_factors(problem: Problem, start: Start | Given, runs: int, seed: int, 
 
 
 def _checked(given: Sequence[Any], shapes: Sequence[tuple[int, int]], batch: int) -> list[Floats]:
-    arrays = [np.asarray(to_numpy(f), dtype=np.float64) for f in given]
+    try:
+        arrays = [np.asarray(to_numpy(f), dtype=np.float64) for f in given]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"starts.given: factors is {given!r:.60}, but must be the arrays (H, W_1, ..., W_L[, b])") from error
     if len(arrays) != len(shapes):
         raise ValueError(f"starts.given: got {len(arrays)} factors, but the problem has {len(shapes)}; give (H, W_1, ..., W_L[, b])")
     for i, (array, shape) in enumerate(zip(arrays, shapes, strict=True)):

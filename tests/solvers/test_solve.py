@@ -128,6 +128,9 @@ def test_penalties_of_zero_leave_the_gap_open() -> None:
         (dict(max_steps=0), "max_steps is 0"),
         (dict(tol=0.0), "tol is 0.0"),
         (dict(tol=float("nan")), "tol is nan"),
+        (dict(tol="a"), "tol is 'a'"),
+        (dict(method=["robust"]), "method is"),
+        (dict(start=ufm.starts.given(5)), "factors is 5"),
         (dict(start=ufm.starts.given((np.zeros((4, 3)),))), "1 factors"),
         (dict(start="normal"), "start is 'normal'"),
         (dict(start=ufm.starts.normal), "called"),
@@ -161,3 +164,9 @@ def test_the_callers_thread_limits_come_back() -> None:
     before = [(pool["prefix"], pool["num_threads"]) for pool in threadpool_info()]
     ufm.solve(ufm.Problem(**GRID))
     assert [(pool["prefix"], pool["num_threads"]) for pool in threadpool_info()] == before
+
+
+@pytest.mark.parametrize("call", [ufm.solve, ufm.predict, lambda p: ufm.certify(p, ())], ids=["solve", "predict", "certify"])
+def test_only_problems_are_solved_predicted_and_certified(call: Any) -> None:
+    with pytest.raises(TypeError, match=r"but must be a ufm\.Problem"):
+        call([1, 2])

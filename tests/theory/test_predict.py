@@ -352,3 +352,28 @@ def test_zero_without_an_exact_level_has_no_distance() -> None:
     assert found.regime == (Regime.UNKNOWN, Regime.UNKNOWN, Regime.ALL_ZERO)
     assert np.isnan(found.distance).all()
     assert list(np.isfinite(found.value)) == [False, False, True]
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy(), MSE()], ids=["CE", "MSE"])
+def test_two_classes_with_nonnegative_features_and_a_free_bias_have_a_value_only(loss: Any) -> None:
+    """The bias can carry any share of either class, even at width 1: a continuum of optima, one value; a penalised bias settles it."""
+    for width in (1, 2):
+        free = predict(Problem([2, 2], width=width, features="relu", lam_w=1e-3, lam_h=1e-3, lam_b=0.0, loss=loss))
+        assert free.regime == (Regime.UNKNOWN,)
+        assert np.isfinite(free.value).all()
+        assert np.isnan(free.margins).all()
+        assert "two classes" in free.source[0]
+    above = predict(Problem([2, 2], width=2, features="relu", lam_w=10.0, lam_h=10.0, lam_b=0.0, loss=loss))
+    assert above.regime == (Regime.ALL_ZERO,)
+    if loss.name == "CE":
+        settled = predict(Problem([2, 2], width=2, features="relu", lam_w=1e-3, lam_h=1e-3, lam_b=0.1))
+        assert settled.value == pytest.approx(free.value, rel=1e-14)
+        assert settled.regime == (Regime.DISTINCT,)
+
+
+def test_a_constant_adjustment_is_no_adjustment() -> None:
+    """Adding one number to all logits changes nothing: the closed form still applies."""
+    make = dict(width=3, features="relu", lam_w=1e-3, lam_h=1e-3)
+    plain = predict(Problem([20, 10, 5], **make))
+    for adjustment in (0.0, [0.7, 0.7, 0.7]):
+        assert predict(Problem([20, 10, 5], loss=CrossEntropy(logit_adjustment=adjustment), **make)).value == plain.value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +13,7 @@ from ufm.arrays import block_size, place, to_numpy
 from ufm.certificate import certify
 from ufm.objective import Balanced, balanced, chain_of, objective
 from ufm.problem import Problem
-from ufm.records import Solution, Stop
+from ufm.records import Solution
 from ufm.solvers.convex import convex
 from ufm.solvers.lbfgs import LBFGS, minimise
 from ufm.solvers.outcome import Outcome
@@ -42,12 +43,14 @@ def solve(
     gradient evaluations of a run. progress(done) is called after each block with the number of runs that ended.
     One BLAS thread is used below width 512. Returns a Solution of B = G * runs runs, cell-major. Raises ValueError on bad options.
     """
-    if method not in METHODS:
+    if not isinstance(problem, Problem):
+        raise TypeError(f"solve: problem is {problem!r}, but must be a ufm.Problem")
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"solve: method is {method!r}, but must be one of {', '.join(map(repr, METHODS))}")
     for name, value, least in (("runs", runs, 1), ("seed", seed, 0), ("max_steps", 20_000 if max_steps is None else max_steps, 1)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
             raise ValueError(f"solve: {name} is {value!r}, but must be a whole number, at least {least}")
-    if not 0 < tol < 1:
+    if not isinstance(tol, Real) or not 0 < tol < 1:
         raise ValueError(f"solve: tol is {tol!r}, but must lie between 0 and 1")
     from threadpoolctl import threadpool_limits
 
@@ -101,4 +104,4 @@ METHODS = {
     "lbfgs": _lbfgs,
     "convex": convex,
 }
-__all__ = ["METHODS", "Stop", "solve"]
+__all__ = ["METHODS", "solve"]

@@ -77,6 +77,8 @@ def predict(problem: Problem) -> Prediction:
     UNKNOWN and NaN, with `collapsed` False. Geometry is that of class means, whatever the columns of the problem; a free bias is centred
     for cross-entropy. Raises NoTheory, naming the failed hypotheses, where no theorem covers the problem as a whole.
     """
+    if not isinstance(problem, Problem):
+        raise TypeError(f"predict: problem is {problem!r}, but must be a ufm.Problem")
     failed = [[name for name in theorem.hypotheses if not HYPOTHESES[name](problem)] for theorem in THEOREMS]
     for theorem, missing in zip(THEOREMS, failed, strict=True):
         if not missing:

@@ -27,6 +27,7 @@ NO_RELU_BIAS = "no closed form: cross-entropy, nonnegative features, a bias and 
 NO_UNEQUAL = "no closed form: cross-entropy, free features, unequal classes below complete collapse; the regime is exact (Hong & Ling 2023)"
 NO_MSE_RELU = "no closed form: mean squared error, nonnegative features, free bias and unequal classes"
 NO_MSE_BIAS = "no closed form: mean squared error with a penalised bias"
+NOT_UNIQUE = "value only: with two classes, nonnegative features and a free bias the bias can carry any share of either class"
 NO_PENALTY = "no closed form: a penalty is zero, so no minimum is attained or its Grams are not unique"
 
 
@@ -59,6 +60,11 @@ class Draft:
             field[g] = np.nan
         self.source[g] = reason
 
+    def not_unique(self, g: int, value: float) -> None:
+        """Withdraw everything of cell g but the value: a continuum of optima shares it, down to width 1."""
+        self.withdraw(g, NOT_UNIQUE)
+        self.value[g] = value
+
     def withdraw(self, g: int, reason: str) -> None:
         """Withdraw everything of cell g."""
         self.no_geometry(g, reason)
@@ -69,7 +75,7 @@ class Draft:
         if width < rank:
             self.withdraw(g, f"no closed form: width is {width}, but the optimum needs {rank}; use width >= {rank}")
 
-    def zero(self, g: int, shares: Floats, bias: Floats, value: float) -> None:
+    def zero(self, g: int, bias: Floats, value: float) -> None:
         """Cell g with every feature at zero."""
         self.value[g], self.bias[g], self.logits[g] = value, bias, bias[:, None]
         self.feature_gram[g] = self.classifier_gram[g] = 0.0
@@ -120,18 +126,21 @@ def relu_cross_entropy(problem: Problem) -> Draft:
 def relu_cross_entropy_bias(problem: Problem) -> Draft:
     """Cross-entropy, nonnegative features, a bias: balanced cells, and cells where everything is at zero."""
     n, lam_w, lam_h, omega = _given(problem)
-    draft = relu_cross_entropy(problem)
+    draft, u = relu_cross_entropy(problem), imbalance.survival(n, lam_w, lam_h, omega)
+    value = imbalance.optimal_value(n, lam_w, lam_h, omega)
     for g in range(len(n)):
         cell = cross_entropy.groups(n[g], omega[g])
         if len(cell.members) == 1:
             draft.source[g] = RELU_CE_BALANCED if np.isfinite(draft.value[g]) else draft.source[g]
+            if len(n[g]) == 2 and _lam_b(problem, g) == 0 and u[g, 0] > 1:
+                draft.not_unique(g, float(value[g]))
             continue
         draft.withdraw(g, NO_RELU_BIAS)
         lam_b, shares = _lam_b(problem, g), _shares(n[g], omega[g])
         b = cross_entropy.bias_alone(shares, lam_b)
         level, bound = float(imbalance.level(lam_w[g], lam_h[g])), cross_entropy.relu_zero_level(cell, cross_entropy.softmax(b))
         if level >= bound.upper:
-            draft.zero(g, shares, b, float(cross_entropy.bias_alone_value(shares, b, lam_b)))
+            draft.zero(g, b, float(cross_entropy.bias_alone_value(shares, b, lam_b)))
         if level >= bound.upper == bound.lower:
             draft.distance[g] = nearest(np.log(level), [bound.upper])
     return draft
@@ -151,7 +160,7 @@ def free_cross_entropy(problem: Problem) -> Draft:
         b = cross_entropy.bias_alone(shares, lam_b)
         zero = cross_entropy.zero_level(cell, cross_entropy.softmax(b))
         if level >= zero:
-            draft.zero(g, shares, b, float(cross_entropy.bias_alone_value(shares, b, lam_b)))
+            draft.zero(g, b, float(cross_entropy.bias_alone_value(shares, b, lam_b)))
             draft.distance[g] = nearest(np.log(level), [zero])
         else:
             _unequal(draft, g, cell, float(lam_w[g]), float(lam_h[g]), lam_b, b, zero, problem.width)
@@ -265,12 +274,14 @@ def relu_mse_free_bias(problem: Problem) -> Draft:
             draft.withdraw(g, NO_MSE_BIAS)
         elif np.all(n[g] == n[g, 0]):
             draft.regime[g], draft.source[g], draft.distance[g] = regime_of(draft.collapsed[g]), MSE_RELU, nearest(0.0, [u[g, 0]])
-            draft.narrow(g, problem.width, int((u[g] > 1).sum()))
+            if len(n[g]) == 2 and u[g, 0] > 1:
+                draft.not_unique(g, float(draft.value[g]))
+            draft.narrow(g, problem.width, 1 if len(n[g]) == 2 else int((u[g] > 1).sum()))
         else:
             draft.withdraw(g, NO_MSE_RELU)
             level, bound = float(imbalance.level(lam_w[g], lam_h[g])), cross_entropy.relu_zero_level(cross_entropy.groups(n[g]), pi)
             if level >= bound.upper:
-                draft.zero(g, pi, pi, float((pi * (1 - pi)).sum() / 2))
+                draft.zero(g, pi, float((pi * (1 - pi)).sum() / 2))
             if level >= bound.upper == bound.lower:
                 draft.distance[g] = nearest(np.log(level), [bound.upper])
     return draft
