@@ -170,3 +170,13 @@ def test_the_callers_thread_limits_come_back() -> None:
 def test_only_problems_are_solved_predicted_and_certified(call: Any) -> None:
     with pytest.raises(TypeError, match=r"but must be a ufm\.Problem"):
         call([1, 2])
+
+
+@pytest.mark.parametrize("features", ["free", "relu", "relu_of_free"])
+def test_samples_of_a_loss_that_is_not_convex_are_not_averaged(features: Any) -> None:
+    """Focal loss: within-class collapse is no theorem there, so samples stay samples; the end point is stationary, nothing is claimed."""
+    problem = ufm.Problem([3, 2], width=3, features=features, loss=ufm.Focal(2.0), lam_w=0.01, lam_h=0.01, columns="samples")
+    found = ufm.solve(problem, start=ufm.starts.normal())
+    assert np.all(np.isnan(found.gap))
+    assert found.gradient_norm[0] < 1e-6
+    assert found.factors[0].shape == (1, 3, 5)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ufm.arrays import place, to_numpy
 from ufm.certificate import Dual, dual_bound, relative_gap
+from ufm.losses import ConvexLoss
 from ufm.objective import Balanced, balanced, objective
 from ufm.problem import Problem
 from ufm.records import Stop
@@ -35,10 +36,10 @@ TRIALS = np.logspace(-5, 1.5, 27)  # atom strengths tried, in units of sqrt(sum_
 def robust(rows: Problem, x: Floats, tol: float, max_steps: int, device: str) -> Outcome:
     """Solve every run of `rows` (one cell per run) from x (B, n) to the proven relative gap `tol`, on `device`.
 
-    Columns that are samples are averaged over their class first where that is exact (L = 1 and deep linear chains: within-class collapse
-    holds at every stationary point), and relu(V) features are solved as H >= 0, which has the same infimum.
+    Columns that are samples are averaged over their class first where that is exact (convex losses, L = 1 and deep linear chains: within-
+    class collapse holds at every stationary point), and relu(V) features are solved as H >= 0, which has the same infimum.
     """
-    if rows.columns == "samples" and (rows.depth == 1 or rows.activation == "linear"):
+    if rows.columns == "samples" and isinstance(rows.loss, ConvexLoss) and (rows.depth == 1 or rows.activation == "linear"):
         return _on_means(rows, x, tol, max_steps, device)
     return _shallow(rows, x, tol, max_steps, device) if rows.depth == 1 else _deep(rows, x, tol, max_steps, device)
 
