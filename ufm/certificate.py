@@ -295,9 +295,11 @@ def regimes(rows: Problem, points: Sequence[Floats], value: Floats) -> tuple[tup
     collapsed = (length <= ZERO * longest[:, None]) | nothing[:, None]
     Z = objective(rows).logits(points) @ _membership(rows, 1.0)
     Z = Z - Z.mean(axis=1, keepdims=True)
-    apart = np.linalg.norm(Z[:, :, :, None] - Z[:, :, None, :], axis=1)  # (B, K, K)
+    gram = np.swapaxes(Z, 1, 2) @ Z
+    own = np.diagonal(gram, axis1=1, axis2=2)
+    apart = own[:, :, None] + own[:, None, :] - 2 * gram  # squared distances, (B, K, K)
     live = ~collapsed[:, :, None] & ~collapsed[:, None, :] & ~np.eye(K, dtype=bool)
-    merged = np.any(live & (apart <= SAME * apart.max(axis=(1, 2), keepdims=True)), axis=(1, 2))
+    merged = np.any(live & (apart <= SAME**2 * apart.max(axis=(1, 2), keepdims=True)), axis=(1, 2))
     return tuple(_regime(c, m) for c, m in zip(collapsed, merged, strict=True)), collapsed
 
 

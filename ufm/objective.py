@@ -174,6 +174,21 @@ class Balanced:
         """The problem's own factors -> (B, n)."""
         return self.pack([f / s for s, f in zip(self.scales, factors, strict=True)])
 
+    def aligned(self, U: Array, s: Array, Vt: Array, bias: Sequence[Array]) -> Array:
+        """x (B, n) with factors S^{1/(L+1)} along the first coordinates, whose product is U S V^T: the cheapest factors of that product.
+
+        U (B, K, r), s (B, r), Vt (B, r, cols), numpy; of more than d directions the first d are kept.
+        """
+        L = self.objective.chain.depth
+        r = min(s.shape[1], self.shapes[0][0])
+        root = s[:, :r] ** (1.0 / (L + 1))
+        parts = [np.zeros((len(s), *shape)) for shape in self.shapes[: L + 1]]
+        parts[0][:, :r] = root[:, :, None] * Vt[:, :r]
+        for layer in range(1, L):
+            parts[layer][:, range(r), range(r)] = root
+        parts[L][:, :, :r] = U[:, :, :r] * root[:, None, :]
+        return self.pack([*parts, *bias])
+
     def value(self, x: Array) -> Array:
         """F/unit, (B,)."""
         return self.objective.value(self.unpack(x))

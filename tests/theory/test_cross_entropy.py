@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -147,16 +149,21 @@ def test_readme_case_is_trivial() -> None:
     assert 0.005 / found == pytest.approx(2.76, abs=0.005)
 
 
-@pytest.mark.parametrize("counts", [c for name, c in UNEQUAL.items() if name != "all_different"])
-@pytest.mark.parametrize("lam_b", BIASES.values(), ids=BIASES)
-def test_block_point_is_certified_above_its_level(counts: list[float], lam_b: float | None) -> None:
-    """From the level on: stationary in b, value of the plain objective, dual norm lambda; just below it the dual norm exceeds lambda."""
+def near_collapse(counts: list[float], lam_b: float | None) -> tuple[Any, Any, Any, float, float]:
+    """(counts, groups, bias alone by group, level of complete collapse, level of the block solution)."""
     n = np.array(counts)
     cell = cross_entropy.groups(n)
     b = bias_of(n / n.sum(), lam_b)
     start, zero = np.zeros(len(cell.members)), cross_entropy.zero_level(cell, cross_entropy.softmax(b))
     start[cell.label] = b
-    between = blocks.between_zero_level(cell, zero, lam_b, start)
+    return n, cell, start, zero, blocks.between_zero_level(cell, zero, lam_b, start)
+
+
+@pytest.mark.parametrize("counts", [c for name, c in UNEQUAL.items() if name != "all_different"])
+@pytest.mark.parametrize("lam_b", BIASES.values(), ids=BIASES)
+def test_block_point_is_certified_above_its_level(counts: list[float], lam_b: float | None) -> None:
+    """From the level on: stationary in b, value of the plain objective, dual norm lambda; just below it the dual norm exceeds lambda."""
+    n, cell, start, zero, between = near_collapse(counts, lam_b)
     assert cell.attraction.min() < between <= zero * (1 + 1e-15)
     for factor in (1 - 1e-9, 1 + 1e-9, 1.05):
         lam = min(between * factor, zero * (1 - 1e-12))
@@ -182,12 +189,7 @@ def test_block_point_is_certified_above_its_level(counts: list[float], lam_b: fl
 @pytest.mark.parametrize("lam_b", BIASES.values(), ids=BIASES)
 def test_block_level_is_crossed_once(counts: list[float], lam_b: float | None) -> None:
     """Between the smallest attraction and complete collapse the certificate changes sign once, at the level found."""
-    n = np.array(counts)
-    cell = cross_entropy.groups(n)
-    b = bias_of(n / n.sum(), lam_b)
-    start, zero = np.zeros(len(cell.members)), cross_entropy.zero_level(cell, cross_entropy.softmax(b))
-    start[cell.label] = b
-    between = blocks.between_zero_level(cell, zero, lam_b, start)
+    _, cell, start, zero, between = near_collapse(counts, lam_b)
     levels = np.geomspace(cell.attraction.min() * 0.3, zero * (1 - 1e-9), 60)
     certified = [blocks.block_point(cell, lam, lam_b, start).between <= lam for lam in levels]
     assert certified == list(levels >= between)

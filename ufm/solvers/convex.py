@@ -134,7 +134,5 @@ def _factored(cell: Problem, frame: Balanced, point: _Point) -> tuple[Floats, in
         U, Vt = point.X / np.where(s > 0, s, 1.0), np.eye(cell.classes)
     rank = int(np.sum(s > 1e-14 * s.max(initial=0.0)))
     live = np.sort(np.argsort(-s)[: min(rank, cell.width)])
-    H, W = np.zeros((1, cell.width, cell.classes)), np.zeros((1, cell.classes, cell.width))
-    root = np.sqrt(s[live])
-    H[0, : len(live)], W[0, :, : len(live)] = root[:, None] * Vt[live], U[:, live] * root
-    return np.asarray(frame.pack([H, W, *([point.b[None]] if cell.lam_b is not None else [])])), rank
+    bias = [] if cell.lam_b is None else [point.b[None]]
+    return np.asarray(frame.aligned(U[None, :, live], s[None, live], Vt[None, live], bias)), rank

@@ -7,7 +7,6 @@ chains whose bound is not met are solved once more from an aligned start.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -69,12 +68,12 @@ def _shallow(rows: Problem, x: Floats, tol: float, max_steps: int, device: str) 
         found = minimise(placed.pick(place(todo, device)), place(here, device), options)
         steps[todo] += found.steps
         point = simplified(problem, part, to_numpy(found.x))
-        value, (gap, dual) = part.value(point), _proof(problem, part, point)
+        value, gap, dual = _proof(problem, part, point)
         slow = helped[todo] & ~(gap <= tol) & np.array([s in (Stop.STALLED, Stop.STEPS) for s in found.stop])
         if slow.any():
             point, extra = _proximal(problem, part, point, slow, tol, max_steps - steps[todo])
             steps[todo] += extra
-            value, (gap, dual) = part.value(point), _proof(problem, part, point)
+            value, gap, dual = _proof(problem, part, point)
         proven, lower = gap <= tol, (gap <= tol) | (value <= best[todo])
         rounds[todo] = number + 1
         idle[todo] = np.where(value < best[todo] * (1 - 1e-12), 0, idle[todo] + 1)
@@ -95,10 +94,10 @@ def _accuracy(tol: float, number: int) -> float:
     return max(min(0.1 * tol, 1e-9) * 0.1 ** min(number // 2, 3), 1e-14)
 
 
-def _proof(problem: Problem, frame: Balanced, x: Floats) -> tuple[Floats, Dual]:
-    """The relative gap each point proves, NaN if none, and the dual side it comes from."""
-    dual = dual_bound(problem, frame.to_factors(x))
-    return relative_gap(frame.value(x) * frame.unit, dual.lower), dual
+def _proof(problem: Problem, frame: Balanced, x: Floats) -> tuple[Floats, Floats, Dual]:
+    """F/unit of each point, the relative gap it proves (NaN if none), and the dual side that comes from."""
+    value, dual = frame.value(x), dual_bound(problem, frame.to_factors(x))
+    return value, relative_gap(value * frame.unit, dual.lower), dual
 
 
 def _proximal(
@@ -122,7 +121,7 @@ def _deep(rows: Problem, x: Floats, tol: float, max_steps: int, device: str) -> 
     frame, placed = balanced(rows), balanced(rows, device=device)
     first = _polished(rows, frame, placed, x, tol, max_steps, device)
     x, steps, rounds, stop = first.x, first.steps.copy(), first.rounds, np.array(first.stop, dtype=object)
-    gap, _ = _proof(rows, frame, x)
+    _, gap, _ = _proof(rows, frame, x)
     again = np.flatnonzero((gap > tol) & (steps < max_steps))
     if len(again):
         problem, part = rows.pick(again), frame.pick(again)
@@ -132,7 +131,7 @@ def _deep(rows: Problem, x: Floats, tol: float, max_steps: int, device: str) -> 
         x[again] = np.where(better[:, None], second.x, x[again])
         stop[again] = [new if b else old for new, old, b in zip(second.stop, stop[again], better, strict=True)]
         steps[again], rounds[again] = steps[again] + second.steps, 2
-        gap, _ = _proof(rows, frame, x)
+        _, gap, _ = _proof(rows, frame, x)
     return Outcome(x, tuple(Stop.GAP if g <= tol else s for g, s in zip(gap, stop, strict=True)), steps, rounds)
 
 
@@ -168,13 +167,15 @@ def prune(rows: Problem, frame: Balanced, x: Floats) -> Floats:
         product = W @ product
     U, s, Vt = np.linalg.svd(product, full_matrices=False)
     bias = parts[rows.depth + 1 :]
-    best = aligned(rows, frame, U, s, Vt, bias)
+    best: Floats = frame.aligned(U, s, Vt, bias)
+    F = frame.value(best)
     for i in reversed(range(s.shape[1])):
         without = s.copy()
         without[:, i] = 0.0
-        trial = aligned(rows, frame, U, without, Vt, bias)
-        lower = frame.value(trial) < frame.value(best)
-        best, s = np.where(lower[:, None], trial, best), np.where(lower[:, None], without, s)
+        trial = frame.aligned(U, without, Vt, bias)
+        F_trial = frame.value(trial)
+        lower = F_trial < F
+        best, s, F = np.where(lower[:, None], trial, best), np.where(lower[:, None], without, s), np.where(lower, F_trial, F)
     return best
 
 
@@ -182,20 +183,7 @@ def aligned_with_slope(problem: Problem, frame: Balanced) -> Floats:
     """Balanced factors whose product is -slope(0) D^{1/2}: all its singular values alive."""
     zero = frame.unpack(np.zeros((problem.cells, len(frame.lower))))
     U, s, Vt = np.linalg.svd(-objective(problem).slope(zero) * np.sqrt(problem.multiplicity)[:, None, :], full_matrices=False)
-    return aligned(problem, frame, U, s, Vt, zero[problem.depth + 1 :])
-
-
-def aligned(problem: Problem, frame: Balanced, U: Floats, s: Floats, Vt: Floats, bias: Sequence[Floats]) -> Floats:
-    """Balanced factors F_l = S^{1/(L+1)} along the first coordinates, whose product is U S V^T (B, K, cols); the cheapest such factors."""
-    L, d = problem.depth, problem.width
-    r = min(s.shape[1], d)
-    root = s[:, :r] ** (1.0 / (L + 1))
-    parts = [np.zeros((len(s), *shape)) for shape in frame.shapes[: L + 1]]
-    parts[0][:, :r] = root[:, :, None] * Vt[:, :r]
-    for layer in range(1, L):
-        parts[layer][:, range(r), range(r)] = root
-    parts[L][:, :, :r] = U[:, :, :r] * root[:, None, :]
-    x: Floats = frame.pack([*parts, *bias])
+    x: Floats = frame.aligned(U, s, Vt, zero[problem.depth + 1 :])
     return x
 
 
@@ -208,7 +196,7 @@ def simplified(problem: Problem, frame: Balanced, x: Floats) -> Floats:
     if problem.depth == 1:
         if problem.features == "free":
             U, s, Vt = np.linalg.svd(parts[1] @ parts[0], full_matrices=False)
-            x_new = aligned(problem, frame, U, np.where(s > FAINT**2 * s[:, :1], s, 0.0), Vt, parts[2:])
+            x_new = frame.aligned(U, np.where(s > FAINT**2 * s[:, :1], s, 0.0), Vt, parts[2:])
         else:
             x_new = frame.pack([*_by_direction(parts[0], parts[1]), *parts[2:]])
     else:
