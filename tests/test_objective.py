@@ -16,7 +16,8 @@ import plain
 from catalog import LIBRARIES, PROBLEMS, autograd_ce, factors, to_library
 from ufm.arrays import device_of, to_numpy
 from ufm.losses import CrossEntropy
-from ufm.objective import Balanced, Objective, balanced, chain_of, objective
+from ufm.coordinates import Coordinates, balanced
+from ufm.objective import Objective, chain_of, objective
 from ufm.problem import Problem
 
 R = 2  # runs of every cell
@@ -312,7 +313,7 @@ def test_no_cancellation_at_large_margins(depth: int) -> None:
 # --- runs ----------------------------------------------------------------------------------------------------------------------------
 
 
-def everything(f: Objective, frame: Balanced, at: Any, v: Any) -> list[Any]:
+def everything(f: Objective, frame: Coordinates, at: Any, v: Any) -> list[Any]:
     """All results of both, each with the runs axis first."""
     x, u = frame.from_factors(at), frame.pack(v)
     natural = [f.logits(at), f.value(at), f.slope(at), *f.value_and_gradient(at)[1], *f.hessian_product(at, v)]
@@ -552,7 +553,7 @@ def test_scale_free_norm_of_means_is_that_of_samples(problem: Problem) -> None:
 # --- libraries and devices -----------------------------------------------------------------------------------------------------------
 
 
-def on(function: Any, frame: Balanced) -> Balanced:
+def on(function: Any, frame: Coordinates) -> Coordinates:
     """A frame with `function` applied to every array it holds."""
     penalty = None if frame.penalty is None else function(frame.penalty)
     scales = tuple(function(s) for s in frame.scales)

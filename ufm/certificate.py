@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ufm.arrays import Array, to_numpy
+from ufm.coordinates import balanced
 from ufm.losses import ConvexLoss, Targets
-from ufm.objective import balanced, objective
+from ufm.objective import objective
 from ufm.problem import Problem
 from ufm.records import Certificate, Regime
 

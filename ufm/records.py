@@ -38,12 +38,13 @@ class Stop(Enum):
     GRADIENT = "the scale-free gradient norm is within the tolerance"
     STALLED = "no step decreases the objective any further in float64"
     STEPS = "the largest number of steps was taken"
+    TIME = "the flow reached its last time"
     ROUNDS = "the largest number of repair rounds was made without a proof"
     DIVERGED = "the objective became infinite or NaN"
 
 
 class Saved:
-    """Saving to and loading from one npz file: arrays, tuples of arrays, enumerations and None; never pickles."""
+    """Saving to and loading from one npz file: arrays, tuples and dicts of arrays, enumerations and None; never pickles."""
 
     kind: ClassVar[str]
 
@@ -85,6 +86,8 @@ def _flatten(name: str, value: Any) -> dict[str, Any]:
         return {f"{name}/None": np.asarray(0)}
     if isinstance(value, tuple) and value and isinstance(value[0], Enum):
         return {f"{name}/{type(value[0]).__name__}": np.asarray([v.name for v in value])}
+    if isinstance(value, dict):
+        return {f"{name}/names": np.asarray(list(value), dtype=np.str_), **{f"{name}/{k}": _array(name, v) for k, v in value.items()}}
     if isinstance(value, tuple):
         return {f"{name}/len": np.asarray(len(value)), **{f"{name}/{i}": _array(name, v) for i, v in enumerate(value)}}
     return {name: _array(name, value)}
@@ -105,6 +108,8 @@ def _unflatten(name: str, flat: dict[str, Any]) -> Any:
             return tuple(kind[str(v)] for v in flat[f"{name}/{kind.__name__}"])
     if f"{name}/None" in flat:
         return None
+    if f"{name}/names" in flat:
+        return {str(key): flat[f"{name}/{key}"] for key in flat[f"{name}/names"]}
     return tuple(flat[f"{name}/{i}"] for i in range(int(flat[f"{name}/len"])))
 
 
@@ -172,3 +177,30 @@ class Solution(Saved):
     rounds: NDArray[np.int64]
     factors: tuple[Any, ...]
     logits: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory(Saved):
+    """What `simulate` saw, per run: T records of value, gradient_norm, time and probes, and the end points.
+
+    step (T,): steps taken at each record; value, gradient_norm (scale-free), time (B, T); probes: name -> (B, T) or (B, T, m). A run that
+    ended has NaN from its last record on. stop (B,) of Stop; steps (B,): taken in all; factors (H, W_1, ..., W_L[, b]) and logits
+    (B, K, cols) where each run ended.
+    """
+
+    kind: ClassVar[str] = "Trajectory"
+    step: NDArray[np.int64]
+    value: Floats
+    gradient_norm: Floats
+    time: Floats
+    probes: dict[str, Floats]
+    stop: tuple[Stop, ...]
+    steps: NDArray[np.int64]
+    factors: tuple[Any, ...]
+    logits: Any
+
+    def last(self, name: str) -> Floats:
+        """The last record of `value`, `gradient_norm`, `time` or a probe, run by run, (B,) or (B, m)."""
+        records = self.probes[name] if name in self.probes else getattr(self, name)
+        at = np.searchsorted(self.step, self.steps)
+        return np.asarray(records[np.arange(len(self.steps)), at])

@@ -118,8 +118,18 @@ def _semi_orthogonal(generator: np.random.Generator, rows: int, cols: int) -> Fl
     return np.ascontiguousarray(Q if rows >= cols else Q.T)
 
 
-def first_factors(problem: Problem, start: Start | Given, runs: int, seed: int, chain: Chain, device: str = "numpy") -> tuple[Array, ...]:
-    """The start of every run, (B, rows, cols) each, B = G * runs; run r of any cell draws from the seed (seed, r).
+def seeds(call: str, seed: Any, cells: int) -> list[int]:
+    """The seed of every cell: one whole number for all of them, or a sequence (G,); ValueError naming `call` otherwise."""
+    given: list[Any] = [seed] if isinstance(seed, (int, np.integer)) else list(seed) if isinstance(seed, (Sequence, np.ndarray)) else [None]
+    if len(given) not in (1, cells) or not all(isinstance(s, (int, np.integer)) and not isinstance(s, bool) and s >= 0 for s in given):
+        raise ValueError(f"{call}: seed is {seed!r:.60}, but must be a whole number, at least 0, or a sequence of G = {cells} of them")
+    return [int(s) for s in given] * (cells // len(given))
+
+
+def first_factors(
+    problem: Problem, start: Start | Given, runs: int, seed: int | Sequence[int], chain: Chain, device: str = "numpy"
+) -> tuple[Array, ...]:
+    """The start of every run, (B, rows, cols) each, B = G * runs; run r of cell g draws from the seed (seed, r), or (seed[g], r).
 
     Raises ValueError where given factors do not fit the problem.
     """
@@ -133,9 +143,9 @@ def first_factors(problem: Problem, start: Start | Given, runs: int, seed: int, 
             raise ValueError(f"starts.given: factor 0 holds {factors[0].min()}, but features='relu' needs H >= 0; give np.abs(H)")
     else:
         draws = []
-        for g in range(problem.cells):
+        for g, own in enumerate(seeds("starts", seed, problem.cells)):
             cell = problem.cell(g)
-            draws += [start.draw(cell, shapes, np.random.default_rng([seed, r])) for r in range(runs)]
+            draws += [start.draw(cell, shapes, np.random.default_rng([own, r])) for r in range(runs)]
         factors = [np.stack(parts) for parts in zip(*draws, strict=True)][: len(shapes)]
         if chain.bias:
             factors[-1] = np.zeros_like(factors[-1])

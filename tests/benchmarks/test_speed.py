@@ -16,7 +16,7 @@ from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits
 
 import ufm
-from ufm.objective import Balanced, balanced
+from ufm.coordinates import Coordinates, balanced
 from ufm.solvers.lbfgs import LBFGS, minimise
 from ufm.starts import first_factors
 
@@ -62,7 +62,7 @@ def runs_of(width: int, runs: int) -> tuple[Balanced, Any]:
     return frame, frame.from_factors(first_factors(problem, ufm.starts.balanced(), runs, 0, frame.objective.chain))
 
 
-def lean_function(frame: Balanced, width: int) -> Callable[[Any], tuple[float, Any]]:
+def lean_function(frame: Coordinates, width: int) -> Callable[[Any], tuple[float, Any]]:
     """Value and gradient of one run, written for that alone: what a careful user hands to SciPy."""
     K, n = len(COUNTS), COUNTS.astype(float)
     weight, scale, diagonal = n / n.sum() / frame.unit[0], 1 / np.sqrt(n), np.arange(K)

@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 import ufm
 from catalog import LIBRARIES, PROBLEMS, factors, to_library
 from ufm.arrays import to_numpy
-from ufm.objective import Balanced, balanced
+from ufm.coordinates import Coordinates, balanced
 from ufm.records import Stop
 from ufm.solvers.lbfgs import LBFGS, minimise
 from ufm.starts import first_factors
@@ -24,7 +24,7 @@ def starts_of(problem: ufm.Problem, runs: int, seed: int = 0) -> tuple[Balanced,
     return frame, frame.from_factors(first_factors(problem, ufm.starts.balanced(), runs, seed, frame.objective.chain))
 
 
-def scipy_run(frame: Balanced, x: Any, row: int, gtol: float = 1e-10) -> Any:
+def scipy_run(frame: Coordinates, x: Any, row: int, gtol: float = 1e-10) -> Any:
     one = frame.pick(np.array([row]))
     bounds = [(low, None) for low in np.where(np.isfinite(one.lower), one.lower, None)]
 
@@ -94,7 +94,7 @@ def test_every_library_ends_at_the_same_point(library: str) -> None:
     def move(array: Any) -> Any:
         return to_library(library, array)
 
-    placed = Balanced(
+    placed = Coordinates(
         frame.objective.map(move),
         move(frame.unit),
         None if frame.penalty is None else move(frame.penalty),

@@ -8,7 +8,7 @@ import pytest
 import ufm
 from test_lbfgs import scipy_run
 from ufm.certificate import dual_bound
-from ufm.objective import balanced
+from ufm.coordinates import balanced
 from ufm.records import Regime, Stop
 from ufm.solvers.robust import seed_atoms, simplified
 from ufm.starts import first_factors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, Literal
 
@@ -11,14 +11,15 @@ from numpy.typing import NDArray
 
 from ufm.arrays import block_size, place, to_numpy
 from ufm.certificate import certify
-from ufm.objective import Balanced, balanced, chain_of, objective
+from ufm.coordinates import Coordinates, balanced
+from ufm.objective import chain_of, objective
 from ufm.problem import Problem
 from ufm.records import Solution
 from ufm.solvers.convex import convex
 from ufm.solvers.lbfgs import LBFGS, minimise
 from ufm.solvers.outcome import Outcome
 from ufm.solvers.robust import robust
-from ufm.starts import BalancedNormal, Given, Start, first_factors
+from ufm.starts import BalancedNormal, Given, Start, first_factors, seeds
 
 Floats = NDArray[np.float64]
 
@@ -27,7 +28,7 @@ def solve(
     problem: Problem,
     *,
     runs: int = 1,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     method: Literal["robust", "lbfgs", "convex"] = "robust",
     start: Start | Given | None = None,
     tol: float = 1e-9,
@@ -39,15 +40,16 @@ def solve(
 
     method: "robust" (solve, merge, certify, seed, repeat until the proven relative gap is at most tol), "lbfgs" (one local solve to the
     scale-free gradient norm tol), "convex" (proximal gradient on the logits, L = 1: nuclear norm, or with ReLU the group lasso of the
-    separable case). start: starts.balanced(1.0) by default; run r of every cell draws from the seed (seed, r). max_steps bounds the
-    gradient evaluations of a run. progress(done) is called after each block with the number of runs that ended.
-    One BLAS thread is used below width 512. Returns a Solution of B = G * runs runs, cell-major. Raises ValueError on bad options.
+    separable case). start: starts.balanced(1.0) by default; run r of cell g draws from the seed (seed, r), or (seed[g], r) where seed is
+    a sequence. max_steps bounds the gradient evaluations of a run. progress(done) is called after each block with the number of runs
+    that ended. One BLAS thread is used below width 512. Returns a Solution of B = G * runs runs, cell-major. Raises ValueError on bad
+    options.
     """
     if not isinstance(problem, Problem):
         raise TypeError(f"solve: problem is {problem!r}, but must be a ufm.Problem")
     if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"solve: method is {method!r}, but must be one of {', '.join(map(repr, METHODS))}")
-    for name, value, least in (("runs", runs, 1), ("seed", seed, 0), ("max_steps", 20_000 if max_steps is None else max_steps, 1)):
+    for name, value, least in (("runs", runs, 1), ("max_steps", 20_000 if max_steps is None else max_steps, 1)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
             raise ValueError(f"solve: {name} is {value!r}, but must be a whole number, at least {least}")
     if not isinstance(tol, Real) or not 0 < tol < 1:
@@ -56,7 +58,7 @@ def solve(
 
     chain = chain_of(problem)
     start = BalancedNormal() if start is None else start
-    factors = first_factors(problem, start, runs, seed, chain)
+    factors = first_factors(problem, start, runs, seeds("solve", seed, problem.cells), chain)
     rows = problem.pick(np.repeat(np.arange(problem.cells), runs))
     x = balanced(rows).from_factors(factors)
     block = block_size(BYTES_PER_COORDINATE * x.shape[1], device)
@@ -94,7 +96,7 @@ def _solution(rows: Problem, outcomes: list[Outcome], device: str) -> Solution:
 
 
 def _lbfgs(rows: Problem, x: Floats, tol: float, max_steps: int, device: str) -> Outcome:
-    frame: Balanced = balanced(rows, device=device)
+    frame: Coordinates = balanced(rows, device=device)
     found = minimise(frame, place(x, device), LBFGS(tol=tol, max_steps=max_steps))
     return Outcome(to_numpy(found.x), found.stop, found.steps, np.ones(len(x), dtype=np.int64))
 

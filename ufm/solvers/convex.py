@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ufm.certificate import dual_bound, relative_gap
+from ufm.coordinates import Coordinates, balanced
 from ufm.losses import ConvexLoss
-from ufm.objective import Balanced, balanced
 from ufm.problem import Problem
 from ufm.records import Stop
 from ufm.solvers.outcome import Outcome
@@ -97,7 +97,7 @@ def proximal(cell: Problem, x: Floats, tol: float, max_steps: int) -> Proximal:
     return Proximal(*_factored(cell, frame, point), stop, step)
 
 
-def _slope(frame: Balanced, point: _Point) -> _Point:
+def _slope(frame: Coordinates, point: _Point) -> _Point:
     """Gradient of the smooth part of F/unit: the loss of the chain with features I and weights X, and the bias's penalty."""
     bias = frame.objective.chain.bias
     slopes = frame.objective.loss_part([np.eye(len(point.X))[None], point.X[None], *([point.b[None]] if bias else [])])[1]
@@ -117,12 +117,12 @@ def _columns(X: Floats, by: float) -> Floats:
     return np.asarray(X * np.maximum(1 - by / np.where(size > 0, size, 1.0), 0.0))
 
 
-def _gap(cell: Problem, frame: Balanced, point: _Point) -> float:
+def _gap(cell: Problem, frame: Coordinates, point: _Point) -> float:
     x, _ = _factored(cell, frame, point)
     return float(relative_gap(frame.value(x) * frame.unit, dual_bound(cell, frame.to_factors(x)).lower)[0])
 
 
-def _factored(cell: Problem, frame: Balanced, point: _Point) -> tuple[Floats, int]:
+def _factored(cell: Problem, frame: Coordinates, point: _Point) -> tuple[Floats, int]:
     """(x, rank): balanced factors with W H = Z along the singular vectors, or with ReLU one private coordinate per live class.
 
     Where the rank exceeds the width only the strongest directions fit.

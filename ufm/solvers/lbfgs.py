@@ -13,13 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ufm.arrays import Array, device_of, namespace, norm, to_numpy
-from ufm.objective import Balanced
+from ufm.coordinates import NEGLIGIBLE, Coordinates
 from ufm.records import Stop
 
 DECREASE, SLOPE, NOISE = 1e-4, 0.9, 1e-15  # Armijo share; largest accepted slope ratio; relative rounding of values
 PROGRESS = 1e-6  # relative decrease since the last progress that counts as progress
 FLOOR = 1e-11  # below this scale-free norm a run that no longer improves has met float64
-NEGLIGIBLE = 1e-28  # squared gradient over value: nothing left to gain in float64
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def _spread(values: Array, back: Array, m: int) -> Array:
     return xp.concat([xp.take(values, back, axis=1), empty], axis=1)
 
 
-def minimise(function: Balanced, x: Array, options: LBFGS) -> Minimum:
+def minimise(function: Coordinates, x: Array, options: LBFGS) -> Minimum:
     """Minimise every run of `function` from x (B, n)."""
     xp = namespace(x)
     batch = x.shape[0]
@@ -186,10 +185,10 @@ def _first_step(x: Array, p: Array) -> Array:
     return -scale[:, None] * p
 
 
-def search(function: Balanced, x: Array, f: Array, g: Array, d: Array) -> tuple[Array, Array, Array, NDArray[np.int64]]:
+def search(function: Coordinates, x: Array, f: Array, g: Array, d: Array) -> tuple[Array, Array, Array, NDArray[np.int64]]:
     """One accepted step per run along the projected direction; the point itself where none is found in 30 trials."""
     xp = namespace(x)
-    x_new = _project(function, x + d)
+    x_new = function.project(x + d)
     f_new, g_new = function.value_and_gradient(x_new)
     evaluations = np.ones(x.shape[0], dtype=np.int64)
     move = x_new - x
@@ -206,7 +205,7 @@ def search(function: Balanced, x: Array, f: Array, g: Array, d: Array) -> tuple[
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             guess = -0.5 * drop / (tried - to_numpy(F) - drop)
         t = t * np.where(np.isfinite(guess), np.clip(guess, 0.1, 0.5), 0.1)
-        X_new = _project(part, X + xp.asarray(t, dtype=x.dtype, device=device_of(x))[:, None] * D)
+        X_new = part.project(X + xp.asarray(t, dtype=x.dtype, device=device_of(x))[:, None] * D)
         F_new, G_new = part.value_and_gradient(X_new)
         move = X_new - X
         drop_new = xp.vecdot(G, move)
@@ -226,10 +225,6 @@ def _accepted(f: Array, f_new: Array, slope: Array, slope_new: Array) -> Array:
     decreases = f_new <= f + DECREASE * xp.clip(slope, None, 0.0)
     flat = (f_new <= f + NOISE * xp.abs(f)) & (slope_new <= -SLOPE * slope)
     return decreases | flat
-
-
-def _project(function: Balanced, x: Array) -> Array:
-    return namespace(x).maximum(x, function.lower)
 
 
 def indices(rows: NDArray[np.int64], x: Array) -> Array:

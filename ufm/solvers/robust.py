@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from ufm.arrays import place, to_numpy
 from ufm.certificate import Dual, dual_bound, relative_gap
+from ufm.coordinates import Coordinates, balanced
 from ufm.losses import ConvexLoss
-from ufm.objective import Balanced, balanced, objective
+from ufm.objective import objective
 from ufm.problem import Problem
 from ufm.records import Stop
 from ufm.solvers.convex import has_convex_form, proximal
@@ -94,14 +95,14 @@ def _accuracy(tol: float, number: int) -> float:
     return max(min(0.1 * tol, 1e-9) * 0.1 ** min(number // 2, 3), 1e-14)
 
 
-def _proof(problem: Problem, frame: Balanced, x: Floats) -> tuple[Floats, Floats, Dual]:
+def _proof(problem: Problem, frame: Coordinates, x: Floats) -> tuple[Floats, Floats, Dual]:
     """F/unit of each point, the relative gap it proves (NaN if none), and the dual side that comes from."""
     value, dual = frame.value(x), dual_bound(problem, frame.to_factors(x))
     return value, relative_gap(value * frame.unit, dual.lower), dual
 
 
 def _proximal(
-    problem: Problem, frame: Balanced, x: Floats, slow: NDArray[np.bool_], tol: float, budget: NDArray[np.int64]
+    problem: Problem, frame: Coordinates, x: Floats, slow: NDArray[np.bool_], tol: float, budget: NDArray[np.int64]
 ) -> tuple[Floats, NDArray[np.int64]]:
     """Proximal steps on the logits for the runs that L-BFGS leaves crawling (singular values of the logits far apart); kept where lower.
 
@@ -136,7 +137,7 @@ def _deep(rows: Problem, x: Floats, tol: float, max_steps: int, device: str) -> 
 
 
 def _polished(
-    rows: Problem, frame: Balanced, placed: Balanced, x: Floats, tol: float, max_steps: int | NDArray[np.int64], device: str
+    rows: Problem, frame: Coordinates, placed: Coordinates, x: Floats, tol: float, max_steps: int | NDArray[np.int64], device: str
 ) -> Outcome:
     """A local solve of a deep chain; where the chain is linear and pruning lowers the end point, a second one from there."""
     options = LBFGS(tol=_accuracy(tol, 2), max_steps=max_steps)
@@ -154,7 +155,7 @@ def _polished(
     return Outcome(x, tuple(stop), steps, np.ones(len(x), dtype=np.int64))
 
 
-def prune(rows: Problem, frame: Balanced, x: Floats) -> Floats:
+def prune(rows: Problem, frame: Coordinates, x: Floats) -> Floats:
     """Linear chains with free features: each singular direction of the product dropped where that lowers F, weakest first.
 
     Near a first-order transition descent keeps directions alive (L >= 2) that the optimum has dead; dropping one is no small step.
@@ -179,7 +180,7 @@ def prune(rows: Problem, frame: Balanced, x: Floats) -> Floats:
     return best
 
 
-def aligned_with_slope(problem: Problem, frame: Balanced) -> Floats:
+def aligned_with_slope(problem: Problem, frame: Coordinates) -> Floats:
     """Balanced factors whose product is -slope(0) D^{1/2}: all its singular values alive."""
     zero = frame.unpack(np.zeros((problem.cells, len(frame.lower))))
     U, s, Vt = np.linalg.svd(-objective(problem).slope(zero) * np.sqrt(problem.multiplicity)[:, None, :], full_matrices=False)
@@ -187,7 +188,7 @@ def aligned_with_slope(problem: Problem, frame: Balanced) -> Floats:
     return x
 
 
-def simplified(problem: Problem, frame: Balanced, x: Floats) -> Floats:
+def simplified(problem: Problem, frame: Coordinates, x: Floats) -> Floats:
     """The same products in as few coordinates as can be: parallel ones merged, faint ones zeroed; F does not rise.
 
     Without ReLU the SVD of each run's W H does both. Points of deeper chains are returned as they are, or at zero where that is lower.
@@ -231,7 +232,7 @@ def _by_direction(H: Floats, W: Floats) -> tuple[Floats, Floats]:
     return H_new, W_new
 
 
-def seed_atoms(problem: Problem, frame: Balanced, x: Floats, dual: Dual) -> Floats:
+def seed_atoms(problem: Problem, frame: Coordinates, x: Floats, dual: Dual) -> Floats:
     """Put violating atoms sqrt(t) (u, v), u = Qt v/||Qt v||, into free coordinates, at the best t of TRIALS.
 
     Where every coordinate is in use the faintest eighth of them make room, which may raise F: a restart with a purpose.
