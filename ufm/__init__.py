@@ -1,23 +1,26 @@
-"""Unconstrained features models of neural collapse: their theory, a solver that finds the optimum, and the proof that it has.
+"""Unconstrained features models of neural collapse: their theory, a solver that finds the optimum, the proof that it has, and descent.
 
     problem = ufm.Problem(counts, width=..., features="relu", lam_w=..., lam_h=...)
     ufm.predict(problem)            what theory says: value, regime, margins, Grams                    -> Prediction
     ufm.solve(problem)              the minimiser, with a proven relative gap                          -> Solution
+    ufm.simulate(problem, rule)     descent from random starts, metrics on the way                     -> Trajectory
     ufm.certify(problem, factors)   what any point is worth                                            -> Certificate
 
 Glossary: K classes of n_k samples, N in all; d the feature width; L the number of weight matrices after the free features; factors
 (H, W_1, ..., W_L[, b]), arrays (B, rows, cols) with columns = class means or samples; a problem is a grid of G cells of equal sizes, and
 `runs` starts each give B = G * runs runs, cell-major. The one convention of the objective is stated in `ufm.objective`.
 
-Rooms: counts, losses, problem (with the table of the papers' conventions), chain, starts, objective, certificate, theory, solvers, plots.
+Rooms: counts, frames, losses, problem (with the table of the papers' conventions), chain, starts, objective, coordinates, certificate,
+metrics, theory, rules, dynamics, solvers, sweep, plots.
 Importing ufm loads numpy and the array-API shim only.
 """
 
-from ufm import counts, losses, starts
+from ufm import counts, frames, losses, metrics, rules, starts, sweep
 from ufm.certificate import certify
+from ufm.dynamics import simulate
 from ufm.losses import MSE, CrossEntropy, Focal
 from ufm.problem import PAPERS, Problem
-from ufm.records import Certificate, NoTheory, Prediction, Regime, Solution, Stop
+from ufm.records import Certificate, NoTheory, Prediction, Regime, Solution, Stop, Trajectory
 from ufm.solvers import solve
 from ufm.theory import predict
 
@@ -35,10 +38,16 @@ __all__ = [
     "Regime",
     "Solution",
     "Stop",
+    "Trajectory",
     "certify",
     "counts",
+    "frames",
     "losses",
+    "metrics",
     "predict",
+    "rules",
+    "simulate",
     "solve",
     "starts",
+    "sweep",
 ]

@@ -31,7 +31,7 @@ class Coordinates:
     """Coordinates x of a batch, flattened per run to (B, n): factor = scale * x, and F/unit as a function of x.
 
     scales: one per factor, broadcasting; unit (B,); penalty (B, n): that of each coordinate in this unit, None where all are 1;
-    lower (n,): bounds of the coordinates, 0 or -inf.
+    lower (n,): bounds of the coordinates, 0 or -inf; bounded: whether any is 0.
     """
 
     objective: Objective
@@ -40,6 +40,7 @@ class Coordinates:
     scales: tuple[Array, ...]
     shapes: tuple[tuple[int, int], ...]
     lower: Array
+    bounded: bool = True
 
     def unpack(self, x: Array) -> Factors:
         """(B, n) -> one array per factor, in balanced coordinates."""
@@ -88,13 +89,15 @@ class Coordinates:
         return value, slope
 
     def gradient(self, x: Array) -> Array:
-        """The gradient of F/unit, (B, n)."""
-        return self.value_and_gradient(x)[1]
+        """The gradient of F/unit, (B, n), in an array of its own."""
+        slope = self.pack(self.objective.loss_part(self.unpack(x))[1])
+        slope += self._penalty_slope(x)
+        return slope
 
     def parts(self, x: Array) -> tuple[Array, Array, Array]:
         """F/unit (B,), and the gradients (B, n) of its loss part and of its penalty part."""
         loss, slopes = self.objective.loss_part(self.unpack(x))
-        penalty = self._rectified(x) if self.penalty is None else self.penalty * self._rectified(x)
+        penalty = self._penalty_slope(x)
         return loss + 0.5 * namespace(x).vecdot(penalty, x), self.pack(slopes), penalty
 
     def hessian_product(self, x: Array, v: Array) -> Array:
@@ -119,6 +122,9 @@ class Coordinates:
             relative = xp.where(xp.max(self.penalty, axis=-1) > 0, relative, gradient)
         return relative, gradient * gradient <= NEGLIGIBLE * xp.abs(value)
 
+    def _penalty_slope(self, x: Array) -> Array:
+        return self._rectified(x) if self.penalty is None else self.penalty * self._rectified(x)
+
     def _rectified(self, x: Array) -> Array:
         if not self.objective.chain.features_rectified:
             return x
@@ -127,7 +133,7 @@ class Coordinates:
 
     def project(self, x: Array) -> Array:
         """The nearest point within the bounds."""
-        return namespace(x).maximum(x, self.lower)
+        return namespace(x).maximum(x, self.lower) if self.bounded else x
 
     def projected(self, x: Array, gradient: Array) -> Array:
         """The gradient without the components that point out of the bounds."""
@@ -210,4 +216,5 @@ def _scaled(
         tuple(spread(u) for u in units),
         shapes,
         place(lower, device),
+        problem.features == "relu",
     )

@@ -49,7 +49,7 @@ class GradientDescent:
     momentum: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_steps("GradientDescent", self.step)
+        object.__setattr__(self, "step", _steps("GradientDescent", self.step))
         _check("GradientDescent", "momentum", self.momentum, 0.0, 1.0)
 
     def start(self, function: Coordinates, x: Array, cells: NDArray[np.int64]) -> State:
@@ -57,11 +57,14 @@ class GradientDescent:
 
     def advance(self, function: Coordinates, x: Array, state: State) -> tuple[Array, State]:
         eta, previous = state
-        move = x - previous
-        move *= self.momentum
-        move -= eta * function.gradient(x)
-        move += x
-        return function.project(move), (eta, x)
+        new = function.gradient(x)  # in place from here on: new arrays cost as much as the sums
+        new *= -eta
+        new += x
+        if self.momentum:
+            move = x - previous
+            move *= self.momentum
+            new += move
+        return function.project(new), (eta, x)
 
     def clock(self, state: State, taken: int) -> Clock:
         return Clock(state[0][:, 0] * taken, None)
@@ -81,7 +84,7 @@ class Adam:
     epsilon: float = 1e-8
 
     def __post_init__(self) -> None:
-        _check_steps("Adam", self.step)
+        object.__setattr__(self, "step", _steps("Adam", self.step))
         _check("Adam", "beta1", self.beta1, 0.0, 1.0)
         _check("Adam", "beta2", self.beta2, 0.0, 1.0)
         _check("Adam", "epsilon", self.epsilon, 0.0, np.inf)
@@ -121,7 +124,7 @@ class GradientFlow:
 
     Every run has its own time and step; a step is kept where the root mean square of its error over atol + rtol |x| is at most 1, and one
     step of the loop is one trial. until: the flow time at which a run ends, met exactly. Explicit: steps are at most about 3.3 over the
-    largest curvature.
+    largest curvature, and the scale-free gradient norm settles near ten times rtol.
     """
 
     until: float = np.inf
@@ -136,8 +139,10 @@ class GradientFlow:
         xp = namespace(x)
         field = self._field(function, x)
         size = self.atol + self.rtol * xp.abs(x)
-        reach = 0.01 * _rms(x / size) / (_rms(field / size) + np.finfo(float).tiny)
-        return (xp.zeros_like(reach), xp.minimum(reach, xp.full_like(reach, self.until)), field)
+        length, speed = _rms(x / size), _rms(field / size)
+        usual = xp.minimum(length, speed) > 1e-5  # False at zero and at stationary points (Hairer, Norsett & Wanner 1993, II.4)
+        h = xp.where(usual, 0.01 * length / xp.where(usual, speed, 1.0), 1e-6)
+        return (xp.zeros_like(h), xp.clip(h, None, self.until), field)
 
     def advance(self, function: Coordinates, x: Array, state: State) -> tuple[Array, State]:
         xp = namespace(x)
@@ -182,13 +187,15 @@ def _per_run(option: Any, cells: NDArray[np.int64], x: Array) -> Array:
     return like(values[cells % values.size][:, None], x)
 
 
-def _check_steps(rule: str, value: Any) -> None:
+def _steps(rule: str, value: Any) -> float | tuple[float, ...]:
+    """A step as a number, or as one per cell; ValueError naming the rule otherwise."""
     try:
-        array = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"rules.{rule}: step is {value!r:.60}, but must be a positive number, or one per cell") from error
-    if array.ndim > 1 or not array.size or not np.all(np.isfinite(array) & (array > 0)):
+        array = np.asarray(value)
+    except ValueError:
+        array = np.empty(0)
+    if array.dtype.kind not in "iuf" or array.ndim > 1 or not array.size or not np.all(np.isfinite(array) & (array > 0)):
         raise ValueError(f"rules.{rule}: step is {value!r:.60}, but must be a positive, finite number, or (G,) of them, one per cell")
+    return tuple(map(float, array)) if array.ndim else float(array)
 
 
 def _check(rule: str, name: str, value: Any, low: float, high: float, reach: bool = False) -> None:

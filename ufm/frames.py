@@ -1,0 +1,148 @@
+"""Frames of K vectors, and the Grams that theory expects of class means, classifier and logits, up to scale.
+
+Everything is a numpy array in double precision; counts and margins are (..., K), Grams (..., K, K). Frames hold their vectors as rows.
+"""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ufm.arrays import Array, like, namespace
+
+Floats = NDArray[np.float64]
+
+
+class Targets(NamedTuple):
+    """Up to scale: the class means' Gram, the classifier's W W^T, and the logits W mu of the class means, each (..., K, K)."""
+
+    features: Floats
+    classifier: Floats
+    logits: Floats
+
+
+def helmert(K: int) -> Floats:
+    """Orthonormal basis of the vectors that sum to zero, (K - 1, K): row i is (1, ..., 1, -i, 0, ..., 0)/sqrt(i(i+1)), i ones."""
+    _check("helmert", "K", K, 2, "a simplex needs two classes")
+    i = np.arange(1.0, K)[:, None]
+    return np.asarray((np.tri(K - 1, K) - i * np.eye(K - 1, K, k=1)) / np.sqrt(i * (i + 1)))
+
+
+def simplex_etf(K: int, d: int | None = None) -> Floats:
+    """K unit rows with equal pairwise cosines -1/(K-1), (K, d): M M^T = K/(K-1) (I - 11^T/K).
+
+    Without d the symmetric form sqrt(K/(K-1)) (I - 11^T/K), (K, K); with d >= K - 1 the columns of `helmert`, zeros behind them.
+    """
+    if d is None:
+        _check("simplex_etf", "K", K, 2, "a simplex needs two classes")
+        return np.asarray(np.sqrt(K / (K - 1)) * _centring(K))
+    basis = helmert(K)
+    _check("simplex_etf", "d", d, K - 1, f"a simplex ETF of {K} classes spans {K - 1} dimensions")
+    return np.asarray(np.sqrt(K / (K - 1)) * np.pad(basis.T, ((0, 0), (0, d - K + 1))))
+
+
+def orthogonal_frame(K: int, d: int | None = None) -> Floats:
+    """K orthonormal rows e_k, (K, d), d = K by default."""
+    _check("orthogonal_frame", "K", K, 1, "a frame holds at least one vector")
+    d = K if d is None else d
+    _check("orthogonal_frame", "d", d, K, f"{K} orthogonal vectors span {K} dimensions")
+    return np.eye(K, d)
+
+
+def etf_targets(K: int) -> Targets:
+    """I - 11^T/K for all three: balanced cross-entropy with free features, about any centre that is the mean of the class means."""
+    _check("etf_targets", "K", K, 2, "a simplex needs two classes")
+    return Targets(_centring(K), _centring(K), _centring(K))
+
+
+def orthogonal_targets(K: int) -> Targets:
+    """I for all three: balanced squared error without a bias. For balanced ReLU cross-entropy see `imbalanced_targets`."""
+    _check("orthogonal_targets", "K", K, 1, "a frame holds at least one vector")
+    return Targets(np.eye(K), np.eye(K), np.eye(K))
+
+
+def imbalanced_targets(counts: ArrayLike, margins: ArrayLike) -> Targets:
+    """ReLU cross-entropy without a bias: diag(M_k n_k^{-1/2}), T, and columns M_k (e_k - 1/K), with m_k = sqrt(n_k) M_k.
+
+    T_kk = (K-1)^2 m_k + sum of the other m;  T_kl = -(K-1)(m_k + m_l) + sum of the other m. All margins equal and equal counts: the
+    orthogonal frame with a simplex ETF as classifier. A class at zero has M_k = 0; with every class at zero the targets are zero.
+    ValueError for counts that are not positive or margins that are negative. Source: Dang et al., ICML 2024 (arXiv 2401.02058).
+    """
+    n, M = np.broadcast_arrays(_counts("imbalanced_targets", counts), np.asarray(margins, dtype=np.float64))
+    if not np.all(M >= 0):
+        raise ValueError(
+            f"frames.imbalanced_targets: margins holds {M[~(M >= 0)][0]}, but margins are at least 0; use 0 for a class at zero"
+        )
+    K = n.shape[-1]
+    m = np.sqrt(n) * M
+    T = m.sum(axis=-1)[..., None, None] - K * (m[..., :, None] + m[..., None, :]) + K * K * m[..., None] * np.eye(K)
+    return Targets(np.asarray((M / np.sqrt(n))[..., None] * np.eye(K)), np.asarray(T), np.asarray(M[..., None, :] * _centring(K)))
+
+
+def seli_targets(counts: ArrayLike) -> Targets:
+    """Free features, penalties -> 0: D^{-1/2} U L U^T D^{-1/2}, V L V^T and I - 11^T/K, from the SVD (I - 11^T/K) D^{1/2} = V L U^T.
+
+    D = diag(n_k). Convergence in the penalties is logarithmic. Source: Thrampoulidis et al. 2022 (arXiv 2208.05512).
+    """
+    n = _counts("seli_targets", counts)
+    V, L, Ut = np.linalg.svd(_centring(n.shape[-1]) * np.sqrt(n)[..., None, :])
+    means = np.swapaxes(Ut, -1, -2) / np.sqrt(n)[..., None]  # D^{-1/2} U, (..., K, K)
+    features, classifier = ((X * L[..., None, :]) @ np.swapaxes(X, -1, -2) for X in (means, V))
+    return Targets(features, classifier, np.array(np.broadcast_to(_centring(n.shape[-1]), V.shape)))
+
+
+def released_margins(counts: ArrayLike, lam_w: ArrayLike, lam_h: ArrayLike) -> Floats:
+    """The margins that the evaluation script of Dang et al. (2024) uses, (..., K); those of its own training problem are different.
+
+        M_k = max(0, log((K-1)(sqrt(n_k)/(N sqrt(lam_w/2 lam_h/2) sqrt((K-1)/K lam_w/lam_h)) - 1)))
+
+    lam_w, lam_h (...) are the script's options weight_decay and feature_decay_rate as given, not penalties in the convention of `ufm`;
+    lam_h cancels. Kept to reproduce published curves. Source: Fsoft-AIC/Cross-Entropy-Imbalanced, validate_NC_unbalanced.py.
+    """
+    n = _counts("released_margins", counts)
+    w, h = (np.asarray(x, dtype=np.float64)[..., None] for x in (lam_w, lam_h))
+    if not (np.all(w > 0) and np.all(h > 0)):
+        raise ValueError(f"frames.released_margins: lam_w is {lam_w!r} and lam_h {lam_h!r}, but the script's formula needs both positive")
+    K = n.shape[-1]
+    scale = n.sum(axis=-1, keepdims=True) * np.sqrt(w / 2 * (h / 2)) * np.sqrt((K - 1) / K * w / h)
+    return np.asarray(np.log(np.maximum((K - 1) * (np.sqrt(n) / scale - 1), 1.0)))
+
+
+def imbalanced_classifier(means: Array, counts: Any) -> Array:
+    """Rows K sqrt(n_k) mu_k - sum_m sqrt(n_m) mu_m, (B, K, d), of class means (B, d, K): the classifier theory expects, up to scale.
+
+    counts (K,) or (B, K). An array of the means' library, dtype and device. Source: Dang et al., ICML 2024 (arXiv 2401.02058).
+    """
+    xp = namespace(means)
+    host = isinstance(counts, (np.ndarray, list, tuple))
+    n = like(np.array(_counts("imbalanced_classifier", counts)) if host else counts, means)
+    if n.shape[-1] != means.shape[-1]:
+        raise ValueError(
+            f"frames.imbalanced_classifier: counts has {n.shape[-1]} classes, but means has {means.shape[-1]} columns; give one count each"
+        )
+    root = xp.reshape(xp.sqrt(n), (-1, 1, n.shape[-1]))
+    weighted = means * root  # (B, d, K)
+    return (means.shape[-1] * weighted - xp.sum(weighted, axis=-1, keepdims=True)).mT
+
+
+def _centring(K: int) -> Floats:
+    return np.asarray(np.eye(K) - 1 / K)
+
+
+def _counts(call: str, counts: ArrayLike) -> Floats:
+    n = np.asarray(counts, dtype=np.float64)
+    if n.ndim < 1 or n.shape[-1] < 2:
+        raise ValueError(f"frames.{call}: counts has shape {n.shape}, but must be (..., K) with at least two classes")
+    if not (np.all(n > 0) and np.all(np.isfinite(n))):
+        raise ValueError(
+            f"frames.{call}: counts holds {n[~((n > 0) & np.isfinite(n))][0]}, but a class needs samples; leave empty classes out"
+        )
+    return n
+
+
+def _check(call: str, name: str, value: int, least: int, why: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"frames.{call}: {name} is {value!r}, but must be a whole number, at least {least} ({why})")
