@@ -1,4 +1,4 @@
-"""`python -m figures` lists the figures; `python -m figures NAME [--rows PATH] [--out DIR]` draws one from stored rows."""
+"""`python -m figures` lists the figures; `python -m figures NAME [--rows DIR] [--out DIR]` draws one from stored rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import tyro
 
-from figures import FIGURES, rows
+from figures import FIGURES
+from ufm.sweep import SweepError
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Options:
     """Draw a figure from the rows a study has stored."""
 
     rows: Path | None = None
-    """rows.csv of the study; out/NAME/rows.csv by default"""
+    """folder of the study; out/STUDY by default"""
     out: Path | None = None
     """folder for the pictures; that of the rows by default"""
 
@@ -26,7 +27,9 @@ class Options:
 def main(arguments: list[str]) -> int:
     """Draw what the command line asks for; the exit status."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("python -m figures NAME [--rows PATH] [--out DIR]", "", *(f"  {n}  {text}" for n, text in FIGURES.items()), sep="\n")
+        width = max(map(len, FIGURES))
+        listed = [f"  {name:<{width}}  {text}" for name, (_, text) in FIGURES.items()]
+        print("python -m figures NAME [--rows DIR] [--out DIR]", "", *listed, sep="\n")
         return 0
     name, *rest = arguments
     if name not in FIGURES:
@@ -34,12 +37,15 @@ def main(arguments: list[str]) -> int:
         remedy = f"did you mean {near[0]}?" if near else f"the figures are: {', '.join(FIGURES)}"
         return _fail(f"figures: there is no figure named {name!r}; {remedy}")
     options = tyro.cli(Options, args=rest, prog=f"python -m figures {name}")
-    stored = options.rows or Path("out") / name / "rows.csv"
-    out = options.out or stored.parent
+    folder = options.rows or Path("out") / FIGURES[name][0]
+    return _draw(name, folder, options.out or folder)
+
+
+def _draw(name: str, folder: Path, out: Path) -> int:
     try:
-        for path in importlib.import_module(f"figures.{name}").draw(stored, out):
+        for path in importlib.import_module(f"figures.{name}").draw(folder, out):
             print(f"file: {path}")
-    except rows.BadRows as error:
+    except SweepError as error:
         return _fail(f"figures {name}: {error}")
     except OSError as error:
         return _fail(f"figures {name}: cannot write to {out} ({error.strerror}); give another folder with --out")

@@ -2,5 +2,5 @@
 
 # name of the file -> the question it answers
 STUDIES = {
-    "minority_collapse": "When does minority collapse happen?",
+    "minority_collapse": "When does minority collapse happen, at the optimum and where descent ends?",
 }

@@ -23,13 +23,12 @@ def main(arguments: list[str]) -> int:
     study = importlib.import_module(f"studies.{name}")
     options = tyro.cli(study.Options, args=rest, prog=f"python -m studies {name}", config=(tyro.conf.FlagCreatePairsOff,))
     try:
-        study.main(options)
+        return int(study.main(options))
     except (OSError, NoDevice, ImportError) as error:
         return _fail(f"studies {name}: {error}")
     except KeyboardInterrupt:
-        _fail(f"studies {name}: interrupted; no file is half written")
+        _fail(f"studies {name}: interrupted; what was finished is stored, run again to go on")
         return 130
-    return 0
 
 
 def listing() -> str:

@@ -1,119 +1,253 @@
-"""When does minority collapse happen?
+"""When does minority collapse happen, at the optimum and where descent ends?
 
-K classes of unequal size, ReLU features of width 2K, no bias, cross-entropy. Theory: the features of class k vanish once
-kappa^2 K/(K-1) >= n_k, with kappa = N lambda and lambda = sqrt(lam_w lam_h) (Dang et al. 2024). Every cell of the map
-(imbalance ratio, lambda) is solved to a proven relative gap and held against the prediction for the same problem.
+K classes of unequal size, cross-entropy, features nonnegative (ReLU) or free. Theory (Dang et al. 2024), ReLU without bias: the features
+of class k vanish once kappa^2 K/(K-1) >= n_k, kappa = N lambda, lambda = sqrt(lam_w lam_h). Maps over the imbalance ratio n_max/n_min and
+the strength kappa^2/n_min: every cell is solved to a proven relative gap and held against the prediction for the same problem; then
+projected gradient descent with momentum runs from random starts, and a seed counts as killed if a class that the optimum keeps has ended
+at zero. Panels: K = 10; K = 10 with a free and with a penalised bias; K = 4 and K = 100; cuts over initial scale, width and momentum.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 import ufm
-from studies import STUDIES, results
-from ufm.theory.imbalance import collapse_level
+from studies.command import Options as Common
+from studies.command import finish
+from ufm import metrics, sweep
+from ufm.theory.boundaries import boundaries
 
-K = 10
 N_MAX = 5000  # samples of the largest class, as in CIFAR-10-LT
-RATIOS = (1.0, 1000.0)
-LAMBDAS = (5e-5, 1e-2)
+RATIOS, STRENGTHS = (1.0, 1000.0), (0.03, 30.0)
+BIASES = {"none": None, "free": 0.0, "penalised": 0.01}  # lam_b
+DEAD = 1e-2  # a class whose norm is below this share of its norm at the optimum counts as zero
+REACHED = 1e-6  # relative excess over the optimum's value at which descent has found it
+SETTLED, EVERY = 1e-4, 100  # scale-free gradient norm at which descent ends; steps between two looks at it
+SAME = ("panel", "K", "width", "features", "bias", "scale", "momentum", "descents", "steps", "tol", "device")
 
-PATTERNS: dict[str, Callable[[float], Any]] = {
-    "exponential": lambda ratio: ufm.counts.exponential(K, N_MAX, ratio),
-    "step": lambda ratio: ufm.counts.step(K, n_min := round(N_MAX / ratio), N_MAX / n_min),
+PATTERNS = {
+    "step": lambda K, ratio: ufm.counts.step(K, n_min := round(N_MAX / ratio), N_MAX / n_min),
+    "exponential": lambda K, ratio: ufm.counts.exponential(K, N_MAX, ratio),
 }
 
 
 @dataclass(frozen=True)
-class Options:
-    """When does minority collapse happen? A phase diagram over imbalance ratio and lambda, against theory."""
-
-    smoke: bool = False
-    """a tiny grid, in seconds"""
-    quick: bool = False
-    """a smaller grid"""
-    out: Path = Path("out/minority_collapse")
-    """folder for the rows, the record of the run and the figure"""
-    seed: int = 0
-    """of the random starts"""
-    tol: float = 1e-9
-    """proven relative gap at which a cell counts as solved"""
-    device: Literal["numpy", "cpu", "cuda"] = "numpy"
-    """where to compute: numpy, or torch on cpu or cuda"""
-
-    def __post_init__(self) -> None:
-        if self.smoke and self.quick:
-            raise ValueError("--smoke and --quick exclude each other; give one")
-        if not 0 < self.tol < 1:
-            raise ValueError(f"--tol is {self.tol}, but a relative gap lies between 0 and 1")
-        if self.seed < 0:
-            raise ValueError(f"--seed is {self.seed}, but a seed is at least 0")
-
-    @property
-    def cells(self) -> int:
-        """Cells along each axis."""
-        return 6 if self.smoke else 20 if self.quick else 40
+class Options(Common):
+    """When does minority collapse happen? Phase diagrams over imbalance and regularisation: theory, certified optima, descent."""
 
 
-def main(options: Options) -> None:
-    """Compute, store, draw, and say on standard output what came out."""
+@dataclass(frozen=True)
+class Size:
+    """Cells along an axis at K <= 10 and at K = 100, descents a cell and a point of a cut, most steps of a descent, bisections."""
+
+    cells: int = 40
+    cells_large: int = 20
+    descents: int = 16
+    descents_cut: int = 64
+    steps: int = 8000
+    bisections: int = 9
+
+
+SIZES = {"full": Size(), "quick": Size(10, 3, 16, 16, 2000, 7), "smoke": Size(3, 2, 2, 2, 300, 3)}
+
+
+def main(options: Options) -> int:
+    """Compute what is missing, store, draw, and say on standard output what came out."""
     from figures import minority_collapse as figure
 
-    out, start = results.folder(options.out), time.perf_counter()
-    rows = minority_collapse(options)
-    seconds = time.perf_counter() - start
-    stored = results.write_rows(out / "rows.csv", rows)
-    record = results.write_study(out / "study.json", "minority_collapse", STUDIES["minority_collapse"], options, seconds=seconds)
-    drawn = figure.draw(stored, out)
-    for name, value in (summary(rows) | {"seconds": round(seconds, 1)}).items():
-        print(f"{name}: {value}")
-    for path in (stored, record, *drawn):
-        print(f"file: {path}")
+    common: dict[str, Any] = dict(out=options.folder, same=SAME, retry_failed=options.retry_failed, options=options.plain())
+    with options.workforce() as executor:
+        cells = points(options)
+        large = [point for point in cells if point["K"] == 100]
+        sweep.run(minority_collapse, large, block=2, executor=executor, label="K = 100", **common)
+        table = sweep.run(minority_collapse, cells, block=32, executor=executor, label="all panels", **common)
+        rows, between, exact = ([], [], []) if table.failures else edges(table, options)
+        refined = sweep.refine(
+            minority_collapse,
+            rows,
+            axis="strength",
+            between=between,
+            sign="distinct",
+            steps=SIZES[options.size].bisections,
+            log=True,
+            executor=executor,
+            label="boundary",
+            **common,
+        )
+    tables = {f"rows_K{K}": table.where(K=K) for K in np.unique(table["K"])} | ({"boundary": refined} if rows else {})
+    return finish(options.folder, tables, summary(table) | accuracy(refined, exact), figure.draw_all)
 
 
-def minority_collapse(options: Options) -> list[results.Row]:
-    """One row a cell: the certified optimum, the prediction, and whether they agree."""
-    from tqdm import tqdm
+def points(options: Options) -> list[dict[str, Any]]:
+    """Every cell of every panel."""
+    size = SIZES[options.size]
+    base = {"tol": 1e-9, "momentum": 0.9, "scale": 1.0, "steps": size.steps, "descents": 0, "device": options.device, "seed": options.seed}
+    ratios, strengths = np.geomspace(*RATIOS, size.cells), np.geomspace(*STRENGTHS, size.cells)
+    few = dict(ratio=np.geomspace(*RATIOS, size.cells_large), strength=np.geomspace(*STRENGTHS, size.cells_large))
 
-    grid = list(product(np.geomspace(*RATIOS, options.cells), np.geomspace(*LAMBDAS, options.cells)))
-    rows = []
-    for pattern, counts_of in PATTERNS.items():
-        lams = np.array([lam for _, lam in grid])
-        problem = ufm.Problem([counts_of(ratio) for ratio, _ in grid], width=2 * K, features="relu", lam_w=lams, lam_h=lams)
-        with tqdm(total=len(grid), desc=pattern, unit="cell", disable=None, mininterval=0.5) as bar:
-            found = ufm.solve(problem, seed=options.seed, tol=options.tol, device=options.device, progress=bar.update)
-        theory, levels = ufm.predict(problem), collapse_level(problem.counts)  # kappa^2 K/(K-1) = n_k
-        for g, (ratio, lam) in enumerate(grid):
-            counts, N, lam_k = problem.counts[g], problem.samples[g], levels[g]
-            same = found.regime[g] == theory.regime[g] and np.array_equal(found.collapsed[g], theory.collapsed[g])
-            rows.append(
-                {"pattern": pattern, "ratio": ratio, "n_min": counts[-1], "n_max": counts[0], "N": N, "lam": lam}
-                | {"value": found.value[g], "gap": found.gap[g], "rho": found.rho[g], "gradient_norm": found.gradient_norm[g]}
-                | {"stop": found.stop[g], "steps": found.steps[g], "rounds": found.rounds[g]}
-                | {"tol": options.tol, "certified": found.gap[g] <= options.tol}
-                | {"regime": found.regime[g], "dead": found.collapsed[g].sum()}
-                | {"predicted_value": theory.value[g], "predicted_regime": theory.regime[g], "predicted_dead": theory.collapsed[g].sum()}
-                | {"distance": theory.distance[g], "difference": found.value[g] / theory.value[g] - 1, "agree": same}
-                | {"lam_minority": lam_k[-1], "lam_all": lam_k[0]}
-                | {f"lam_{k + 1}": lam_k[k] for k in range(K)}
-            )
+    def panel(name: str, K: int, **axes: Any) -> list[dict[str, Any]]:
+        one = {"panel": [name], "K": [K], "width": [2 * K], "features": ["relu"], "pattern": ["step"], "bias": ["none"]}
+        return [base | point for point in sweep.grid(**one | axes)]
+
+    at = dict(ratio=[100.0], strength=[0.1, 0.3, 0.6, 0.85], descents=[size.descents_cut])
+    row = dict(ratio=few["ratio"], strength=few["strength"][[np.abs(few["strength"] - 0.6).argmin()]], descents=[size.descents])
+    return [
+        *panel("map", 10, features=["relu", "free"], pattern=list(PATTERNS), ratio=ratios, strength=strengths, descents=[size.descents]),
+        *panel("bias", 10, bias=["free", "penalised"], pattern=list(PATTERNS), ratio=ratios, strength=strengths),
+        *panel("few classes", 4, ratio=ratios, strength=strengths, descents=[size.descents]),
+        *panel("many classes", 100, **few),
+        *panel("many classes, descent", 100, **row, steps=[size.steps // 2]),
+        *panel("scale", 10, scale=np.geomspace(0.01, np.sqrt(10), 11), **at),
+        *panel("width", 10, width=[10, 11, 12, 15, 20, 30, 40, 60, 80], **at),
+        *(
+            point
+            for momentum in (0.0, 0.5, 0.8, 0.9, 0.95)  # equal flow times: step/(1 - momentum) a step
+            for point in panel("momentum", 10, momentum=[momentum], steps=[round(10 * (1 - momentum) * size.steps)], **at)
+        ),
+    ]
+
+
+def minority_collapse(points: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """One row a cell: the certified optimum, the prediction, whether they agree, and where descent from random starts ended."""
+    problem = problem_of(points)
+    start = apart(problem) if problem.classes == 100 else None  # a third of the time of a random one there; the proof is the same
+    found = ufm.solve(problem, seed=seeds, start=start, tol=points[0]["tol"], device=points[0]["device"])
+    rows = [at_optimum(problem, found, g) for g in range(problem.cells)]
+    for row, edge in zip(rows, np.stack(boundaries(problem), axis=1), strict=True):
+        row |= dict(zip(("strength_merged", "strength_zero", "strength_all"), (row["N"] * edge) ** 2 / row["n_min"], strict=True))
+    if points[0]["descents"]:
+        for row, ends in zip(rows, descent(problem, found, points[0], seeds), strict=True):
+            row |= ends
     return rows
 
 
-def summary(rows: list[results.Row]) -> dict[str, Any]:
-    """What a reader wants to know first."""
-    certified = [row for row in rows if row["certified"]]
+def problem_of(points: Sequence[dict[str, Any]]) -> ufm.Problem:
+    """The grid of these points: kappa^2 = (N lambda)^2 = strength * n_min, lam_w = lam_h = lambda."""
+    first = points[0]
+    counts = np.array([PATTERNS[point["pattern"]](point["K"], point["ratio"]) for point in points])
+    lam = np.sqrt(np.array([point["strength"] for point in points]) * counts[:, -1]) / counts.sum(axis=1)
+    return ufm.Problem(counts, width=first["width"], features=first["features"], lam_w=lam, lam_h=lam, lam_b=BIASES[first["bias"]])
+
+
+def apart(problem: ufm.Problem) -> ufm.starts.Given:
+    """Every class alone on a coordinate of its own, in balanced units."""
+    G, K, d = problem.cells, problem.classes, problem.width
+    H, W = np.zeros((G, d, K)), np.zeros((G, K, d))
+    H[:, :K], W[:, :, :K] = np.eye(K), np.eye(K) - 1 / K
+    q = 3 * (problem.samples / K)[:, None, None] ** 0.25
+    return ufm.starts.given([9 * H / q, q * W])
+
+
+def at_optimum(problem: ufm.Problem, found: ufm.Solution, g: int) -> dict[str, Any]:
+    """The certified optimum of a cell beside its prediction."""
+    theory = ufm.predict(problem.cell(g))
+    counts = problem.counts[g]
+    margins = metrics.margins(found.logits[g : g + 1], np.arange(problem.classes))[0]
+    same = found.regime[g] == theory.regime[0] and np.array_equal(found.collapsed[g], theory.collapsed[0])
+    known = theory.regime[0] != ufm.Regime.UNKNOWN
     return {
-        "cells": len(rows),
-        "certified": len(certified),
-        "largest_gap": float(max((row["gap"] for row in certified), default=np.nan)),
-        "regime_agreements": sum(row["agree"] for row in rows),
-        "largest_relative_difference": float(max(abs(row["difference"]) for row in rows)),
+        "counts": counts,
+        "n_min": int(counts[-1]),
+        "N": int(counts.sum()),
+        "lam": float(problem.lam_h[g]),
+        "value": found.value[g],
+        "gap": found.gap[g],
+        "rho": found.rho[g],
+        "gradient_norm": found.gradient_norm[g],
+        "stop": found.stop[g].name,
+        "regime": found.regime[g].name,
+        "dead": int(found.collapsed[g].sum()),
+        "distinct": found.regime[g] == ufm.Regime.DISTINCT,
+        "margins": margins,
+        "predicted_value": theory.value[0],
+        "predicted_regime": theory.regime[0].name,
+        "difference": found.value[g] / theory.value[0] - 1,
+        "distance": theory.distance[0],
+        "agree": bool(same) if known else None,
+    }
+
+
+def descent(problem: ufm.Problem, found: ufm.Solution, point: dict[str, Any], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Where projected gradient descent with momentum ends, per cell: the share of seeds that killed a class which the optimum keeps."""
+    from scipy.stats import binomtest
+
+    G, runs, d, K = problem.cells, point["descents"], problem.width, problem.classes
+    # the loss's curvature at a balanced start is about half of this, so that the step is near half of the stable one
+    curvature = (np.sqrt(d) + np.sqrt(K)) ** 2 / np.sqrt(problem.samples * K) * max(1.0, point["scale"] ** 2)
+    path = ufm.simulate(
+        problem,
+        ufm.rules.GradientDescent(2 / curvature, point["momentum"]),
+        runs=runs,
+        seed=seeds,
+        steps=point["steps"],
+        every=EVERY,
+        tol=SETTLED,
+        probes=("class_norms",),
+        start=ufm.starts.balanced(point["scale"]),
+        device=point["device"],
+    )
+    norms = path.last("class_norms").reshape(G, runs, K)
+    at_best = np.linalg.norm(ufm.arrays.to_numpy(found.factors[0]), axis=1)[:, None, :]
+    killed = (norms <= DEAD * at_best) & ~found.collapsed[:, None, :]
+    settled = np.array([stop in (ufm.Stop.GRADIENT, ufm.Stop.STALLED) for stop in path.stop]).reshape(G, runs)
+    excess = path.last("value").reshape(G, runs) / found.value[:, None] - 1
+    gradient = path.last("gradient_norm").reshape(G, runs)
+    steps = path.steps.reshape(G, runs)
+    rows = []
+    for g in range(G):
+        dead = int(killed[g].any(axis=1).sum())
+        interval = binomtest(dead, runs).proportion_ci(method="wilson")
+        rows.append(
+            {
+                "killed": dead / runs,
+                "killed_low": interval.low,
+                "killed_high": interval.high,
+                "killed_classes": killed[g].sum(axis=1).mean(),
+            }
+            | {"settled": settled[g].mean(), "reached": np.mean(excess[g] <= REACHED), "excess": np.median(excess[g])}
+            | {"descent_gradient": gradient[g].max(), "descent_steps": np.median(steps[g])}
+        )
+    return rows
+
+
+def edges(table: sweep.Table, options: Options) -> tuple[list[dict[str, Any]], list[tuple[float, float]], list[float]]:
+    """Where classes cease to be distinct on the maps: for each ratio the row to refine, the two neighbouring cells, theory's boundary."""
+    rows, between, exact = [], [], []
+    rest = {"scale": 1.0, "momentum": 0.9, "descents": 0, "steps": 1, "tol": 1e-12, "device": options.device, "seed": options.seed}
+    for features, pattern in product(("relu", "free"), PATTERNS):
+        cells = table.where(panel="map", features=features, pattern=pattern).on_grid("ratio", "strength")
+        own = {"panel": "boundary", "K": 10, "width": 20, "features": features, "pattern": pattern, "bias": "none"}
+        for i, ratio in enumerate(cells["ratio"]):
+            for j in np.flatnonzero(np.diff(cells["distinct"][:, i].astype(int)))[:1]:
+                rows.append(own | {"ratio": ratio} | rest)
+                between.append((cells["strength"][j], cells["strength"][j + 1]))
+                exact.append(cells["strength_merged"][j, i])
+    return rows, between, exact
+
+
+def summary(table: sweep.Table) -> dict[str, Any]:
+    """What a reader wants to know first."""
+    gap, difference, agree = (np.array(table[name], dtype=np.float64) for name in ("gap", "difference", "agree"))
+    return {
+        "cells": len(table),
+        "proven within the tolerance": int(np.sum(gap <= table["tol"])),
+        "with a closed form": int(np.sum(np.isfinite(difference))),
+        "largest relative difference of values": float(np.nanmax(np.abs(difference))),
+        "regimes known": int(np.sum(np.isfinite(agree))),
+        "regimes agree": int(np.nansum(agree)),
+    }
+
+
+def accuracy(refined: sweep.Table, exact: list[float]) -> dict[str, Any]:
+    """How far the measured boundaries lie from theory's."""
+    if not exact:
+        return {}
+    return {
+        "boundary points refined": len(refined),
+        "largest relative distance to theory": float(np.max(np.abs(refined["estimate"] / exact - 1))),
     }

@@ -26,6 +26,14 @@ def test_the_example_prints_its_output() -> None:
     assert done.stdout == block("example output")
 
 
+def test_the_other_snippet_runs(tmp_path: Path) -> None:
+    """After the example, as written; its sweep stores a finite row for every point."""
+    check = "\nimport numpy as np\nassert len(table) == 4 and np.all(table['excess'] > -1e-12), table.failures\n"
+    code = block("example") + block("descent") + check
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "out" / "excess" / "cells.sqlite").is_file()
+
+
 def test_every_link_leads_to_a_file() -> None:
     links = re.findall(r"\]\(([^)]+)\)", README)
     assert links

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from ufm.records import Certificate, Prediction, Regime, Saved, Solution, Stop
+from ufm.records import Certificate, Prediction, Regime, Saved, Solution, Stop, Trajectory
 
 B, G, K, COLS = 2, 2, 3, 4
 RNG = np.random.default_rng(0)
@@ -60,6 +60,25 @@ def solution() -> Solution:
     )
 
 
+def trajectory() -> Trajectory:
+    """One run of three records, one that diverged at its second; probes of one number and of K."""
+    return Trajectory(
+        step=np.array([0, 10, 2**40]),
+        value=np.array([[0.5, 0.25, 0.125], [0.5, np.inf, np.nan]]),
+        gradient_norm=RNG.normal(size=(B, 3)),
+        time=np.array([[0.0, 1.0, 2.0], [0.0, 1.0, np.nan]]),
+        probes={"nc1": RNG.normal(size=(B, 3)), "class norms ‖h‖": RNG.normal(size=(B, 3, K)), "<lambda>": np.zeros((B, 3, 0))},
+        stop=(Stop.TIME, Stop.DIVERGED),
+        steps=np.array([2**40, 10]),
+        factors=tuple(RNG.normal(size=shape) for shape in ((B, 5, COLS), (B, K, 5))),
+        logits=RNG.normal(size=(B, K, COLS)),
+    )
+
+
+def bare_trajectory() -> Trajectory:
+    return replace(trajectory(), probes={})
+
+
 @dataclass(frozen=True, eq=False)
 class Odd(Saved):
     """A record with every kind of field a record may have."""
@@ -74,19 +93,33 @@ class Odd(Saved):
     many: tuple[Any, ...]
     one: tuple[Stop, ...]
     array: Any
+    named: dict[str, Any]
 
 
 def odd() -> Odd:
     many = tuple(np.full(2, i) for i in range(12))  # more than ten: 10 sorts after 2
-    return Odd(0.1, 2**60, True, "ü", None, (), many, (Stop.STALLED,), np.zeros((0, 3), dtype=np.float32))
+    return Odd(
+        0.1,
+        2**60,
+        True,
+        "ü",
+        None,
+        (),
+        many,
+        (Stop.STALLED,),
+        np.zeros((0, 3), dtype=np.float32),
+        {"b": np.arange(3), "a": np.zeros(2), "10": RNG.normal(size=(2, 2))},
+    )
 
 
-RECORDS = [prediction, certificate, solution, odd]
+RECORDS = [prediction, certificate, solution, trajectory, bare_trajectory, odd]
 
 
 def same(a: Any, b: Any) -> bool:
     if isinstance(a, tuple) or isinstance(b, tuple):
         return isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, dict) or isinstance(b, dict):
+        return isinstance(a, dict) and isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
     if isinstance(a, np.ndarray):
         exact = isinstance(b, np.ndarray) and a.dtype == b.dtype and a.shape == b.shape
         return exact and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
@@ -101,6 +134,19 @@ def test_round_trip(make: Any, tmp_path: Path) -> None:
     again = type(record).load(str(tmp_path / "r.npz"))
     assert type(again) is type(record)
     assert [] == [f.name for f in fields(record) if not same(getattr(record, f.name), getattr(again, f.name))]
+
+
+def test_last_reads_the_last_record_of_each_run(tmp_path: Path) -> None:
+    """Of value, norm, time and probes, run by run, also after a round trip."""
+    record = trajectory()
+    record.save(tmp_path / "r.npz")
+    for found in (record, Trajectory.load(tmp_path / "r.npz")):
+        assert found.last("value").tolist() == [0.125, np.inf]
+        assert found.last("time").tolist() == [2.0, 1.0]
+        assert found.last("gradient_norm").tolist() == [record.gradient_norm[0, 2], record.gradient_norm[1, 1]]
+        expected = [record.probes["class norms ‖h‖"][0, 2].tolist(), record.probes["class norms ‖h‖"][1, 1].tolist()]
+        assert found.last("class norms ‖h‖").tolist() == expected
+        assert found.last("nc1").shape == (B,)
 
 
 def test_saving_replaces(tmp_path: Path) -> None:

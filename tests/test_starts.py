@@ -88,6 +88,29 @@ def test_runs_and_seeds_differ(start: Any) -> None:
 
 
 @START
+def test_seeds_per_cell(start: Any) -> None:
+    """A sequence (G,) gives every cell its own seed, of any size; one number, or a sequence of one, is the seed of all."""
+    grid = Problem([[3, 2, 1], [3, 2, 1], [4, 1, 1]], width=4, depth=2, features="free", lam_w=0.1, lam_h=0.1)
+    own = [2**256 - 1, 0, 2**64]
+    got = first_factors(grid, start, 2, own, chain_of(grid))
+    for g, seed in enumerate(own):
+        assert identical([x[2 * g : 2 * g + 2] for x in got], first(grid.cell(g), start, runs=2, seed=seed))
+    assert not np.any(np.isclose(got[0][0], got[0][2]))
+    for same in ([5, 5, 5], [5], np.array([5, 5, 5]), (np.int64(5),)):
+        assert identical(first_factors(grid, start, 2, same, chain_of(grid)), first(grid, start, runs=2, seed=5))
+    near = first_factors(grid, start, 2, [2**256 - 2, 0, 2**64], chain_of(grid))
+    assert identical([x[2:] for x in near], [x[2:] for x in got])
+    assert not np.any(np.isclose(near[0][:2], got[0][:2]))
+
+
+@pytest.mark.parametrize("bad", [-1, 1.5, "1", None, True, [1, 2], [1, 2, -3], [1, 2, 3.0], [1, 2, True], [], [[1, 2, 3]]])
+def test_seeds_are_checked(bad: Any) -> None:
+    """Whole numbers, one or one per cell: a sentence names the call, the seed and G."""
+    with pytest.raises(ValueError, match=r"^solve: seed is .+, but must be a whole number, at least 0, or a sequence of G = 3 of them$"):
+        starts.seeds("solve", bad, 3)
+
+
+@START
 def test_global_random_state_is_untouched(start: Any) -> None:
     """Draws come from the run's own generator."""
     before = np.random.get_state()[1].tolist()  # noqa: NPY002

@@ -213,9 +213,7 @@ class _Book:
         with np.errstate(over="ignore", invalid="ignore"):
             logits = frame.objective.logits(frame.unpack(frame.from_factors(self.factors)))
         *ends, Z = (place(part, device) for part in (*self.factors, logits))
-        return Trajectory(
-            self.step, **own, probes=self.records, stop=tuple(self.stop), steps=self.steps, factors=tuple(ends), logits=Z
-        )
+        return Trajectory(self.step, **own, probes=self.records, stop=tuple(self.stop), steps=self.steps, factors=tuple(ends), logits=Z)
 
 
 def _probed(name: str, probe: Probe, snapshot: Snapshot) -> Floats:
@@ -246,10 +244,10 @@ def _checked(
             f"simulate: the rule's step has {cells} entries, but the problem has G = {problem.cells} cells; give 1 or {problem.cells}"
         )
     named = [_named(probe) for probe in probes]
-    names = [*OWN_RECORDS, *(name for name, _ in named)]
+    names, taken = [*OWN_RECORDS, *(name for name, _ in named)], ", ".join(OWN_RECORDS)
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"simulate: two records would be named {name}; give each probe a __name__ of its own, and none of {OWN_RECORDS}")
+            raise ValueError(f"simulate: two records would be named {name}; give each probe a __name__ of its own, and none of {taken}")
     return dict(named)
 
 

@@ -87,7 +87,7 @@ def _flatten(name: str, value: Any) -> dict[str, Any]:
     if isinstance(value, tuple) and value and isinstance(value[0], Enum):
         return {f"{name}/{type(value[0]).__name__}": np.asarray([v.name for v in value])}
     if isinstance(value, dict):
-        return {f"{name}/names": np.asarray(list(value), dtype=np.str_), **{f"{name}/{k}": _array(name, v) for k, v in value.items()}}
+        return {f"{name}/names": np.asarray(list(value), dtype=np.str_), **{f"{name}/at/{k}": _array(name, v) for k, v in value.items()}}
     if isinstance(value, tuple):
         return {f"{name}/len": np.asarray(len(value)), **{f"{name}/{i}": _array(name, v) for i, v in enumerate(value)}}
     return {name: _array(name, value)}
@@ -109,7 +109,7 @@ def _unflatten(name: str, flat: dict[str, Any]) -> Any:
     if f"{name}/None" in flat:
         return None
     if f"{name}/names" in flat:
-        return {str(key): flat[f"{name}/{key}"] for key in flat[f"{name}/names"]}
+        return {str(key): flat[f"{name}/at/{key}"] for key in flat[f"{name}/names"]}
     return tuple(flat[f"{name}/{i}"] for i in range(int(flat[f"{name}/len"])))
 
 

@@ -16,7 +16,8 @@ from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits
 
 import ufm
-from ufm.coordinates import Coordinates, balanced
+from ufm.coordinates import Coordinates, balanced, weighted
+from ufm.dynamics import simulate
 from ufm.solvers.lbfgs import LBFGS, minimise
 from ufm.starts import first_factors
 
@@ -55,7 +56,7 @@ def report(benchmark: Any, what: str, ours: float, theirs: float) -> None:
     print(f"\n{what}: {1e6 * ours:.1f} against {1e6 * theirs:.1f} microseconds of CPU each, ratio {theirs / ours:.1f}")
 
 
-def runs_of(width: int, runs: int) -> tuple[Balanced, Any]:
+def runs_of(width: int, runs: int) -> tuple[Coordinates, Any]:
     """K = 10, the counts of CIFAR-10-LT, ReLU features, no bias; every class alive."""
     problem = ufm.Problem(COUNTS, width=width, features="relu", lam_w=1e-3, lam_h=1e-5)
     frame = balanced(problem, runs)
@@ -151,4 +152,49 @@ def test_gradient_of_the_objective(benchmark: Any) -> None:
     assert np.abs(got - expected).max() <= 1e-12 * np.abs(expected).max()
     a, b = in_turns(ours, theirs, 60)
     report(benchmark, "a gradient", a / runs, b / runs)
+    benchmark(ours)
+
+
+@pytest.mark.parametrize(("features", "momentum"), [("free", 0.0), ("relu", 0.9)], ids=["free", "relu_momentum"])
+def test_descent(benchmark: Any, features: Any, momentum: float) -> None:
+    """K = 10, d = 20, class means: `simulate` on a grid of one cell against a loop over runs of torch's SGD with weight decay.
+
+    Theirs steps on H' with the fused, weighted cross-entropy; with bounds it clamps H' after every step and takes the heavy ball's
+    momentum as x - x_previous, as ours does, by resetting the optimiser's buffer to the step that the clamp left.
+    """
+    runs, steps, eta = 146, 200, 0.2
+    problem = ufm.Problem(COUNTS, width=20, features=features, lam_w=1e-3, lam_h=1e-5)
+    start = first_factors(problem, ufm.starts.balanced(), runs, 0, weighted(problem).objective.chain)
+    n, labels = torch.tensor(COUNTS.astype(float)), torch.arange(10)
+    root, share = n.sqrt(), n / n.sum()
+    rule = ufm.rules.GradientDescent(eta, momentum)
+
+    def ours() -> Any:
+        return simulate(problem, rule, runs=runs, steps=steps, every=steps, start=ufm.starts.given(start))
+
+    def their_run(H: Any, W: Any) -> Any:
+        X, W = (torch.tensor(H) * root).requires_grad_(), torch.tensor(W).requires_grad_()
+        groups = [{"params": [X], "weight_decay": 1e-5}, {"params": [W], "weight_decay": 1e-3}]
+        optimiser = torch.optim.SGD(groups, lr=eta, momentum=momentum)
+        for _ in range(steps):
+            optimiser.zero_grad()
+            Z = (W @ X) / root
+            torch.nn.functional.cross_entropy(Z.T, labels, weight=share, reduction="sum").backward()
+            if features == "relu":
+                before = X.detach().clone()
+            optimiser.step()
+            if features == "relu":
+                X.data.clamp_(min=0)
+                optimiser.state[X]["momentum_buffer"] = (before - X.detach()) / eta
+        return [(X / root).detach().numpy(), W.detach().numpy()]
+
+    def theirs(rows: range) -> Any:
+        return [np.stack(parts) for parts in zip(*(their_run(start[0][r], start[1][r]) for r in rows), strict=True)]
+
+    found, expected = ours(), theirs(range(8))
+    for got, wanted in zip(found.factors, expected, strict=True):
+        assert np.abs(got[:8] - wanted).max() <= 1e-10 * np.abs(wanted).max()
+    assert (features == "relu") == bool(np.any(found.factors[0] == 0))
+    a, b = in_turns(ours, lambda: theirs(range(1)), 15)
+    report(benchmark, f"a step of descent ({features}, momentum {momentum})", a / runs / steps, b / steps)
     benchmark(ours)

@@ -1,5 +1,29 @@
-"""Figures from prepared data; matplotlib is loaded when something is drawn, never through its global state."""
+"""Figures from prepared data, by matplotlib (still) and plotly (interactive); either is loaded when something is drawn.
 
-from ufm.plots.phase import REGIME_COLOURS, Boundary, PhaseMap, phase_diagram, phase_legend
+A panel is a record that checks its data once: `PhaseMap`, `ShareMap`, `Curves`. `phase_diagram`, `share_map` and `draw_curves` draw it
+into matplotlib's axes, `legend` names what occurs in several, and `page` and `write_page` put the same records into one HTML file.
+"""
 
-__all__ = ["REGIME_COLOURS", "Boundary", "PhaseMap", "phase_diagram", "phase_legend"]
+from ufm.plots.curves import Curve, Curves, draw_curves
+from ufm.plots.keys import Key, legend
+from ufm.plots.maps import Boundary, Dots
+from ufm.plots.phase import REGIME_COLOURS, PhaseMap, phase_diagram
+from ufm.plots.report import page, write_page
+from ufm.plots.share import ShareMap, share_map
+
+__all__ = [
+    "REGIME_COLOURS",
+    "Boundary",
+    "Curve",
+    "Curves",
+    "Dots",
+    "Key",
+    "PhaseMap",
+    "ShareMap",
+    "draw_curves",
+    "legend",
+    "page",
+    "phase_diagram",
+    "share_map",
+    "write_page",
+]

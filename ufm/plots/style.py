@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import io
+import re
 from contextlib import AbstractContextManager
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ufm.sweep.store import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,6 +28,10 @@ OKABE_ITO = {
     "vermillion": "#D55E00",
     "purple": "#CC79A7",
 }
+NEUTRAL, HATCHED = "#D9D9D9", "#666666"
+DOT: dict[str, Any] = {"marker": "o", "markersize": 1.8, "markerfacecolor": "white", "markeredgecolor": "black", "markeredgewidth": 0.4}
+# ColorBrewer's RdPu without its white: light to dark, told apart from the regimes' colours
+SHARE = ("#FDE9E4", "#FCC5C0", "#FA9FB5", "#F768A1", "#DD3497", "#AE017E", "#7A0177", "#49006A")
 
 RC: dict[str, Any] = {
     "figure.figsize": (COLUMN, 2.6),
@@ -31,7 +39,9 @@ RC: dict[str, Any] = {
     "figure.dpi": 100,
     "savefig.dpi": 300,
     "font.size": 8,
-    "axes.titlesize": 8,
+    "axes.titlesize": 7.5,
+    "axes.titlepad": 4.0,
+    "axes.labelsize": 7.5,
     "axes.linewidth": 0.6,
     "legend.fontsize": 7,
     "legend.frameon": False,
@@ -41,7 +51,7 @@ RC: dict[str, Any] = {
     "ytick.major.width": 0.6,
     "xtick.minor.width": 0.4,
     "ytick.minor.width": 0.4,
-    "hatch.linewidth": 0.6,
+    "hatch.linewidth": 0.5,
     "lines.linewidth": 1.2,
     "pdf.fonttype": 42,
     "svg.fonttype": "none",
@@ -55,6 +65,10 @@ METADATA: dict[str, dict[str, None]] = {
     ".svg": {"Creator": None, "Date": None},
 }
 
+# the mathtext that `html` knows
+SYMBOLS = {"kappa": "κ", "lambda": "λ", "mu": "μ", "leq": "≤", "geq": "≥", "times": "×", "min": "min", "max": "max", "sqrt": "√"}
+SPACES = {",": " ", ";": " ", " ": " "}
+
 
 def context() -> AbstractContextManager[None]:
     """matplotlib's own defaults and `RC`, whatever the user's matplotlibrc says; make and save figures inside."""
@@ -65,16 +79,39 @@ def context() -> AbstractContextManager[None]:
     return matplotlib.style.context(RC | cycle, after_reset=True)
 
 
+def render(figure: Figure, suffix: str) -> bytes:
+    """The figure as a file (".png", ".pdf" or ".svg"), equal bytes for equal figures; ValueError."""
+    if suffix not in METADATA:
+        raise ValueError(f"plots.save: the name ends in {suffix!r}, but must end in one of {', '.join(METADATA)}")
+    file = io.BytesIO()
+    with context():
+        figure.savefig(file, format=suffix[1:], metadata=METADATA[suffix])
+    return file.getvalue()
+
+
 def save(figure: Figure, path: str | Path) -> Path:
     """Write the figure (png, pdf or svg by its suffix), whole or not at all, equal bytes for equal figures; OSError, ValueError."""
     path = Path(path)
-    if path.suffix not in METADATA:
-        raise ValueError(f"plots.save: {path.name} ends in {path.suffix!r}, but must end in one of {', '.join(METADATA)}")
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with context():
-            figure.savefig(part, format=path.suffix[1:], metadata=METADATA[path.suffix])
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+    return write_whole(path, render(figure, path.suffix))
+
+
+def html(text: str) -> str:
+    r"""Text with simple mathtext between dollars as HTML: `$\kappa^2/n_{\min}$` is κ<sup>2</sup>/n<sub>min</sub>; ValueError."""
+    parts = escape(text, quote=False).split("$")
+    if not len(parts) % 2:
+        raise ValueError(f"plots.html: {text!r} has an odd number of dollars; give each formula two")
+    return "".join(_formula(part) if i % 2 else part for i, part in enumerate(parts)).replace("\n", "<br>")
+
+
+def _formula(text: str) -> str:
+    text = re.sub(r"\\([A-Za-z]+|.)", _symbol, text).replace("-", "−")
+    for mark, tag in (("_", "sub"), ("^", "sup")):
+        text = re.sub(rf"\{mark}(?:\{{([^{{}}]*)\}}|(.))", lambda m, tag=tag: f"<{tag}>{m[1] or m[2]}</{tag}>", text)  # type: ignore[misc]
+    return text.replace("{", "").replace("}", "")
+
+
+def _symbol(match: re.Match[str]) -> str:
+    known = SYMBOLS | SPACES
+    if match[1] not in known:
+        raise ValueError(f"plots.html: {match[0]} is not one of the known symbols ({', '.join(known)}); add it to SYMBOLS")
+    return known[match[1]]

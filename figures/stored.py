@@ -1,0 +1,106 @@
+"""From a study's folder to the files of a figure: what every figure does the same way."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ufm import plots, sweep
+from ufm.plots import report, style
+from ufm.sweep.store import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DRAW = {plots.PhaseMap: plots.phase_diagram, plots.ShareMap: plots.share_map, plots.Curves: plots.draw_curves}
+
+
+class BadRows(sweep.SweepError):
+    """The rows are not those of this figure's study, or not all of them; the message says which and what to do."""
+
+
+class Drawing(NamedTuple):
+    """A figure before it is drawn: its panels in rows, in words what they are, and the height and columns of legend of the still one."""
+
+    panels: Sequence[Sequence[report.Panel]]
+    title: str
+    caption: str
+    height: float
+    ncols: int
+
+
+def read(stored: Path, study: str, columns: Sequence[str]) -> sweep.Table:
+    """The rows in the folder of `study`; BadRows if they lack a column, SweepError if there are none to read."""
+    table = sweep.load(stored)
+    missing = [name for name in columns if name not in table.names]
+    if missing:
+        remedy = f"give the folder of `python -m studies {study}` with --rows"
+        raise BadRows(f"{stored} holds no column {missing[0]!r}, so its rows are not of this study; {remedy}")
+    return table
+
+
+def still(drawing: Drawing) -> Figure:
+    """The matplotlib figure: lettered panels, outer labels only, one legend above, one bar of shares, the caption below."""
+    from matplotlib.figure import Figure
+
+    rows = drawing.panels
+    with style.context():
+        figure = Figure(figsize=(style.PAGE, drawing.height))
+        figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.03)  # type: ignore[call-arg]
+        grid = figure.subplots(len(rows), len(rows[0]), squeeze=False)
+        bar: Any = None
+        beside = 0  # the bar stands beside the last map of shares
+        for r, row in enumerate(rows):
+            for c, panel in enumerate(row):
+                drawn = DRAW[type(panel)](panel, grid[r, c])
+                drawn.axes.set_title(f"({chr(97 + r * len(row) + c)}) {panel.title}", loc="left")
+                _outer_labels(rows, grid, r, c)
+                if isinstance(panel, plots.ShareMap):
+                    bar, beside = (drawn.cells, panel.bar), max(beside, c)
+        if bar:
+            figure.colorbar(bar[0], ax=grid[:, : beside + 1], pad=0.015, aspect=20 * len(rows), label=bar[1])
+        plots.legend(
+            figure,
+            *(panel for row in rows for panel in row),
+            loc="outside upper center",
+            ncols=drawing.ncols,
+            handlelength=2.6,
+            columnspacing=1.5,
+        )
+        figure.supxlabel(wrapped(drawing.caption), fontsize=7, x=0.01, ha="left", linespacing=1.35)
+    return figure
+
+
+def wrapped(text: str, width: int = 132) -> str:
+    """The text in lines of about that many letters, formulas counted as they look and never broken."""
+    lines = [""]
+    for word in re.findall(r"(?:\$[^$]*\$|\S)+", text):
+        longer = f"{lines[-1]} {word}".strip()
+        lines[-1:] = [longer] if len(re.sub("<[^>]*>", "", style.html(longer))) <= width else [lines[-1], word]
+    return "\n".join(lines)
+
+
+def _outer_labels(rows: Sequence[Sequence[report.Panel]], grid: Any, r: int, c: int) -> None:
+    """Leave out labels that the panel below, or the one to the left, has too, and numbers where the axes agree."""
+    panel, (below, left) = grid[r, c], report.repeated(rows, r, c)
+    if below:
+        panel.set_xlabel("")
+        panel.tick_params(labelbottom=type(rows[r][c]) is not type(rows[r + 1][c]))
+    if left:
+        panel.set_ylabel("")
+        panel.tick_params(labelleft=panel.get_ylim() != grid[r, c - 1].get_ylim())
+
+
+def write(drawings: Mapping[str, Drawing], out: Path) -> list[Path]:
+    """Write NAME.png, NAME.pdf and NAME.html of each drawing into `out`; all are made before the first is written."""
+    made: dict[Path, bytes] = {}
+    for name, drawing in drawings.items():
+        figure = still(drawing)
+        made |= {out / f"{name}{kind}": style.render(figure, kind) for kind in (".png", ".pdf")}
+        page = plots.page(drawing.panels, name=name, title=drawing.title, caption=drawing.caption)
+        made[out / f"{name}.html"] = page
+    out.mkdir(parents=True, exist_ok=True)
+    report.put_program(out)
+    return [write_whole(path, data) for path, data in made.items()]
