@@ -28,7 +28,7 @@ BIASES = {"none": None, "free": 0.0, "penalised": 0.01}  # lam_b
 DEAD = 1e-2  # a class whose norm is below this share of its norm at the optimum counts as zero
 REACHED = 1e-6  # relative excess over the optimum's value at which descent has found it
 SETTLED, EVERY = 1e-4, 100  # scale-free gradient norm at which descent ends; steps between two looks at it
-SAME = ("panel", "K", "width", "features", "bias", "scale", "momentum", "descents", "steps", "tol", "device")
+SAME = ("panel", "K", "width", "features", "bias", "scale", "step_for", "momentum", "descents", "steps", "tol", "device")
 
 PATTERNS = {
     "step": lambda K, ratio: ufm.counts.step(K, n_min := round(N_MAX / ratio), N_MAX / n_min),
@@ -43,17 +43,18 @@ class Options(Common):
 
 @dataclass(frozen=True)
 class Size:
-    """Cells along an axis at K <= 10 and at K = 100, descents a cell and a point of a cut, most steps of a descent, bisections."""
+    """Cells along an axis and most steps of a descent, at K <= 10 and at K = 100; descents a cell and a point of a cut; bisections."""
 
     cells: int = 40
     cells_large: int = 20
     descents: int = 16
     descents_cut: int = 64
     steps: int = 8000
+    steps_large: int = 2500
     bisections: int = 9
 
 
-SIZES = {"full": Size(), "quick": Size(10, 3, 16, 16, 2000, 7), "smoke": Size(3, 2, 2, 2, 300, 3)}
+SIZES = {"full": Size(), "quick": Size(10, 3, 16, 16, 2000, 400, 7), "smoke": Size(3, 2, 2, 2, 300, 50, 3)}
 
 
 def main(options: Options) -> int:
@@ -86,7 +87,17 @@ def main(options: Options) -> int:
 def points(options: Options) -> list[dict[str, Any]]:
     """Every cell of every panel."""
     size = SIZES[options.size]
-    base = {"tol": 1e-9, "momentum": 0.9, "scale": 1.0, "steps": size.steps, "descents": 0, "device": options.device, "seed": options.seed}
+    # step_for: the scale of a balanced start for which the step of descent is chosen
+    base = {
+        "tol": 1e-9,
+        "momentum": 0.9,
+        "scale": 1.0,
+        "step_for": 1.0,
+        "steps": size.steps,
+        "descents": 0,
+        "device": options.device,
+        "seed": options.seed,
+    }
     ratios, strengths = np.geomspace(*RATIOS, size.cells), np.geomspace(*STRENGTHS, size.cells)
     few = dict(ratio=np.geomspace(*RATIOS, size.cells_large), strength=np.geomspace(*STRENGTHS, size.cells_large))
 
@@ -95,20 +106,20 @@ def points(options: Options) -> list[dict[str, Any]]:
         return [base | point for point in sweep.grid(**one | axes)]
 
     at = dict(ratio=[100.0], strength=[0.1, 0.3, 0.6, 0.85], descents=[size.descents_cut])
-    row = dict(ratio=few["ratio"], strength=few["strength"][[np.abs(few["strength"] - 0.6).argmin()]], descents=[size.descents])
-    return [
-        *panel("map", 10, features=["relu", "free"], pattern=list(PATTERNS), ratio=ratios, strength=strengths, descents=[size.descents]),
-        *panel("bias", 10, bias=["free", "penalised"], pattern=list(PATTERNS), ratio=ratios, strength=strengths),
-        *panel("few classes", 4, ratio=ratios, strength=strengths, descents=[size.descents]),
+    row = dict(ratio=few["ratio"], strength=few["strength"][[np.abs(few["strength"] - 0.8).argmin()]], descents=[size.descents])
+    return [  # the longest first, so that no worker is left alone with them
+        *panel("many classes, descent", 100, **row, scale=[0.3], step_for=[0.3], momentum=[0.98], steps=[size.steps_large]),
         *panel("many classes", 100, **few),
-        *panel("many classes, descent", 100, **row, steps=[size.steps // 2]),
-        *panel("scale", 10, scale=np.geomspace(0.01, np.sqrt(10), 11), **at),
-        *panel("width", 10, width=[10, 11, 12, 15, 20, 30, 40, 60, 80], **at),
         *(
             point
             for momentum in (0.0, 0.5, 0.8, 0.9, 0.95)  # equal flow times: step/(1 - momentum) a step
             for point in panel("momentum", 10, momentum=[momentum], steps=[round(10 * (1 - momentum) * size.steps)], **at)
         ),
+        *panel("width", 10, width=[10, 11, 12, 15, 20, 30, 40, 60, 80], **at),
+        *(point for s in np.geomspace(0.01, np.sqrt(10), 11) for point in panel("scale", 10, scale=[s], step_for=[max(1.0, s)], **at)),
+        *panel("map", 10, features=["relu", "free"], pattern=list(PATTERNS), ratio=ratios, strength=strengths, descents=[size.descents]),
+        *panel("few classes", 4, ratio=ratios, strength=strengths, descents=[size.descents]),
+        *panel("bias", 10, bias=["free", "penalised"], pattern=list(PATTERNS), ratio=ratios, strength=strengths),
     ]
 
 
@@ -177,8 +188,8 @@ def descent(problem: ufm.Problem, found: ufm.Solution, point: dict[str, Any], se
     from scipy.stats import binomtest
 
     G, runs, d, K = problem.cells, point["descents"], problem.width, problem.classes
-    # the loss's curvature at a balanced start is about half of this, so that the step is near half of the stable one
-    curvature = (np.sqrt(d) + np.sqrt(K)) ** 2 / np.sqrt(problem.samples * K) * max(1.0, point["scale"] ** 2)
+    # about the loss's largest curvature at a balanced start of scale `step_for`; heavy ball is stable up to 2 (1 + momentum) over that
+    curvature = (np.sqrt(d) + np.sqrt(K)) ** 2 / np.sqrt(problem.samples * K) * point["step_for"] ** 2
     path = ufm.simulate(
         problem,
         ufm.rules.GradientDescent(2 / curvature, point["momentum"]),
@@ -218,7 +229,16 @@ def descent(problem: ufm.Problem, found: ufm.Solution, point: dict[str, Any], se
 def edges(table: sweep.Table, options: Options) -> tuple[list[dict[str, Any]], list[tuple[float, float]], list[float]]:
     """Where classes cease to be distinct on the maps: for each ratio the row to refine, the two neighbouring cells, theory's boundary."""
     rows, between, exact = [], [], []
-    rest = {"scale": 1.0, "momentum": 0.9, "descents": 0, "steps": 1, "tol": 1e-12, "device": options.device, "seed": options.seed}
+    rest = {
+        "scale": 1.0,
+        "step_for": 1.0,
+        "momentum": 0.9,
+        "descents": 0,
+        "steps": 1,
+        "tol": 1e-12,
+        "device": options.device,
+        "seed": options.seed,
+    }
     for features, pattern in product(("relu", "free"), PATTERNS):
         cells = table.where(panel="map", features=features, pattern=pattern).on_grid("ratio", "strength")
         own = {"panel": "boundary", "K": 10, "width": 20, "features": features, "pattern": pattern, "bias": "none"}

@@ -43,6 +43,7 @@ def row(point, _seed):
     regime = Regime.ALL_ZERO if strength >= last else Regime.MINORITY_ZERO if strength >= zero else Regime.DISTINCT
     made = {"n_min": int(n[-1]), "N": int(n.sum()), "lam": 1e-3 * strength, "gap": 1e-10, "regime": regime.name}
     made |= {"predicted_regime": regime.name, "distinct": regime == Regime.DISTINCT}
+    made["margins"] = np.repeat([3.25, 0.0 if strength >= zero else 1.5], K // 2)
     made["dead"] = {Regime.DISTINCT: 0, Regime.MINORITY_ZERO: K // 2, Regime.ALL_ZERO: K}[regime]
     made |= {"strength_merged": 0.5 if free else zero, "strength_zero": zero, "strength_all": last}
     if point["panel"] == "bias":
@@ -183,6 +184,7 @@ def test_dots_lie_in_the_middle_of_the_last_bracket(table):
 
 def test_hover_texts_tell_the_row(table):
     text = collapse.killed_map(grid(table), "t").hover[1, 2]
+    assert "margins of the classes, largest first: 3.25 (5 classes), 0 (5 classes)" in text
     for told in (
         "R = 100,",
         "κ²/n_min = 1,",

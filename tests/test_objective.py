@@ -15,8 +15,8 @@ from mpmath import mp, mpf
 import plain
 from catalog import LIBRARIES, PROBLEMS, autograd_ce, factors, to_library
 from ufm.arrays import device_of, to_numpy
-from ufm.losses import CrossEntropy
 from ufm.coordinates import Coordinates, balanced
+from ufm.losses import CrossEntropy
 from ufm.objective import Objective, chain_of, objective
 from ufm.problem import Problem
 

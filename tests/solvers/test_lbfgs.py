@@ -19,7 +19,7 @@ from ufm.starts import first_factors
 SMOOTH = [(name, p) for name, p in PROBLEMS if "autograd" not in name and p.activation == "linear" and p.features != "relu_of_free"]
 
 
-def starts_of(problem: ufm.Problem, runs: int, seed: int = 0) -> tuple[Balanced, Any]:
+def starts_of(problem: ufm.Problem, runs: int, seed: int = 0) -> tuple[Coordinates, Any]:
     frame = balanced(problem, runs)
     return frame, frame.from_factors(first_factors(problem, ufm.starts.balanced(), runs, seed, frame.objective.chain))
 
