@@ -19,6 +19,7 @@ Grid = dict[str, NDArray[Any]]
 STUDY = "minority_collapse"
 COLUMNS = (
     *("panel", "K", "width", "features", "pattern", "bias", "ratio", "strength", "scale", "momentum", "descents", "steps", "tol"),
+    *("settled_below", "dead_below", "lam_b"),
     *("margins", "n_min", "N", "lam", "gap", "regime", "predicted_regime", "dead", "strength_merged", "strength_zero", "strength_all"),
 )
 DESCENT = ("killed", "killed_low", "killed_high", "killed_classes", "settled", "reached", "excess")
@@ -110,6 +111,8 @@ def killed_map(grid: Grid, title: str, labels: tuple[str, str] = LABELS) -> Shar
 def killed_curve(rows: sweep.Table, x: NDArray[Any], label: str, colour: str, marker: str = "o") -> Curve:
     """The share killed of these rows over x (P,), with its interval."""
     order = np.argsort(x)
+    if len(np.unique(x)) < len(x):
+        raise stored.BadRows(f"two rows of the panel {rows['panel'][0]!r} have the same place; the folder mixes runs, draw another one")
     picked = rows.pick(order)
     column = {name: picked[name] for name in (*COLUMNS, *DESCENT)}
     return Curve(
@@ -147,11 +150,20 @@ def bisected(table: sweep.Table, **equal: Any) -> Dots | None:
     return Dots(*np.transpose(found), "measured end of distinct classes") if found else None
 
 
-KILLED = "A seed kills a class if descent ends with the class at zero and the optimum keeps it"
 CELLS = (
-    f"; grey: the optimum keeps none; hatched: fewer than {100 * SETTLED:.0f} % of the descents reached the tolerance of their gradient, "
-    "or the optimum is not certified."
+    f"; grey: the optimum keeps none; hatched: fewer than {100 * SETTLED:.0f} % of the descents settled, or the optimum is not certified."
 )
+RATIO = r"$R=n_{\max}/n_{\min}$ before rounding"
+
+
+def killed(table: sweep.Table) -> str:
+    """What counts as killed and as settled, for the caption."""
+    share, tol = (np.unique(table[name])[0] for name in ("dead_below", "settled_below"))
+    return (
+        f"A seed kills a class if descent ends with it at zero (below {100 * share:g} % of its norm at the optimum) "
+        "and the optimum keeps it; "
+        rf"settled: scale-free gradient $\leq 10^{{{np.log10(tol):.3g}}}$"
+    )
 
 
 def proof(table: sweep.Table) -> str:
@@ -215,7 +227,9 @@ def _optimum(row: dict[str, Any]) -> str:
 def _grouped(margins: NDArray[np.float64]) -> str:
     """Equal margins together: 6.85 (5 classes), 3.04 (5 classes)."""
     values, many = np.unique(np.round(margins, 3) + 0.0, return_counts=True)
-    return ", ".join(f"{value:g}" + (f" ({count} classes)" if count > 1 else "") for value, count in zip(values[::-1], many[::-1], strict=True))
+    return ", ".join(
+        f"{value:g}" + (f" ({count} classes)" if count > 1 else "") for value, count in zip(values[::-1], many[::-1], strict=True)
+    )
 
 
 def _descent(row: dict[str, Any]) -> str:

@@ -40,11 +40,11 @@ def make(table: sweep.Table) -> stored.Drawing:
         panels.append(row)
     maps = collapse.pick(table, panel="map")
     caption = (
-        rf"$K=10$ classes, width $d={maps['width'][0]}$, no bias; $R=n_{{\max}}/n_{{\min}}$, $\lambda=\sqrt{{\lambda_W\lambda_H}}$. "
+        rf"$K=10$ classes, width $d={maps['width'][0]}$, no bias; {collapse.RATIO}, $\lambda=\sqrt{{\lambda_W\lambda_H}}$. "
         r"Step: five classes of $R\,n_{\min}$ samples, five of $n_{\min}$; exponential: as CIFAR-10-LT. "
         f"Optimum: {collapse.proof(maps)}; dots: bisected between cells. "
         "Where lines of theory coincide, that of the later regime is drawn. "
-        f"Descent: {maps['descents'][0]} seeds a cell, {collapse.rule(maps)}. {collapse.KILLED}{collapse.CELLS}"
+        f"Descent: {maps['descents'][0]} seeds a cell, {collapse.rule(maps)}. {collapse.killed(maps)}{collapse.CELLS}"
     )
     title = "Minority collapse over imbalance and regularisation, at the optimum and where descent ends"
     return stored.Drawing(panels, title, caption, height=4.9, ncols=3)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from figures import collapse, stored
 from ufm import sweep
 
@@ -25,8 +27,9 @@ def make(table: sweep.Table) -> stored.Drawing:
         for bias, name in BIASES.items()
     ]
     caption = (
-        rf"ReLU features, $K=10$ classes, width $d={maps['width'][0]}$; $R=n_{{\max}}/n_{{\min}}$, $\lambda=\sqrt{{\lambda_W\lambda_H}}$. "
+        rf"ReLU features, $K=10$ classes, width $d={maps['width'][0]}$; {collapse.RATIO}, $\lambda=\sqrt{{\lambda_W\lambda_H}}$. "
         f"Cells: computed optimum, {collapse.proof(maps)}; theory's lines where a theorem gives them. "
+        rf"Penalised: $\lambda_b={np.nanmax(maps['lam_b']):g}$. "
         "A class at zero need not be the smallest: a free bias can carry the largest class alone, its features at zero "
         "however weak the regularisation."
     )

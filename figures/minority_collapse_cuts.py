@@ -33,9 +33,10 @@ def make(table: sweep.Table) -> stored.Drawing:
     caption = (
         rf"ReLU features, no bias, $K={K}$, step counts with $R={ratio:g}$, $n_{{\min}}={first['n_min'][0]}$; "
         r"$t=\kappa^2K/((K-1)n_{\min})$: at the optimum the small classes vanish at $t=1$ and live below. "
-        f"{collapse.KILLED}. "
+        f"{collapse.killed(first)}. "
         f"{first['descents'][0]} seeds a point, bands: 95 % Wilson intervals. Where not varied: width $d={width // K}K$, scale "
-        f"{cuts['width']['scale'][0]:g}, momentum {first['momentum'][0]:g}; projected gradient descent from balanced random starts."
+        f"{cuts['width']['scale'][0]:g}, momentum {first['momentum'][0]:g}; projected gradient descent from balanced random starts, "
+        f"at most {cuts['width']['steps'][0]} steps there, as many more as smaller steps need elsewhere."
     )
     return stored.Drawing([panels], "When descent kills classes that the optimum keeps", caption, height=2.75, ncols=5)
 

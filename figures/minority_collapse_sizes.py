@@ -28,10 +28,12 @@ def make(table: sweep.Table) -> stored.Drawing:
     ]
     optima = f"{collapse.proof(few)} ($K=4$), {collapse.proof(many).split(' in ')[1]} ($K=100$)"
     caption = (
-        r"ReLU features, no bias, width $d=2K$, half of the classes with $n_{\min}$ samples; $R=n_{\max}/n_{\min}$, "
+        r"ReLU features, no bias, width $d=2K$, half of the classes with $n_{\min}$ samples; "
+        f"{collapse.RATIO}, "
         rf"$\lambda=\sqrt{{\lambda_W\lambda_H}}$. Optimum: {optima}. "
-        f"Descent: {few['descents'][0]} seeds a cell, {collapse.rule(few)}. {collapse.KILLED}{collapse.CELLS} "
-        rf"(d): $\kappa^2/n_{{\min}}={row['strength'][0]:.3g}$, {row['descents'][0]} seeds a point, band: 95 % Wilson interval."
+        f"Descent: {few['descents'][0]} seeds a cell, {collapse.rule(few)}. {collapse.killed(few)}{collapse.CELLS} "
+        rf"(d): $\kappa^2/n_{{\min}}={row['strength'][0]:.3g}$, {row['descents'][0]} seeds a point, "
+        f"{collapse.rule(row)}, band: 95 % Wilson interval."
     )
     return stored.Drawing([panels], "Minority collapse with 4 and with 100 classes", caption, height=3.1, ncols=3)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import sys
 from collections.abc import Callable, Mapping
@@ -27,7 +28,7 @@ class Options:
     quick: bool = False
     """a smaller run, in a minute or two"""
     out: Path | None = None
-    """folder for rows, record and figures; out/NAME by default, out/NAME-quick or -smoke for those"""
+    """folder for rows, record and figures; by default out/NAME, with what differs: out/NAME-quick-seed1"""
     seed: int = 0
     """of all random starts; part of every point"""
     device: Literal["numpy", "cpu", "cuda"] = "numpy"
@@ -49,9 +50,10 @@ class Options:
 
     @property
     def folder(self) -> Path:
-        """Where everything goes; sizes do not mix in one folder."""
-        name = type(self).__module__.rpartition(".")[2]
-        return self.out or Path("out") / (name if self.size == "full" else f"{name}-{self.size}")
+        """Where everything goes; sizes, seeds and devices do not mix in one folder."""
+        marks = (self.size, "full"), (f"seed{self.seed}", "seed0"), (self.device, "numpy")
+        name = [type(self).__module__.rpartition(".")[2], *(mark for mark, usual in marks if mark != usual)]
+        return self.out or Path("out") / "-".join(name)
 
     @property
     def size(self) -> str:
@@ -65,9 +67,23 @@ class Options:
     def workforce(self) -> AbstractContextManager[Executor]:
         """The executor asked for; messages of long runs go to standard error."""
         place(np.zeros(1), self.device)  # a device that is not there is said now, not point by point
+        self._refuse_a_mixture()
         logging.basicConfig(format="%(message)s")
         logging.getLogger("ufm").setLevel(logging.INFO)
         return sweep.executors.named(self.executor, self.workers)
+
+    def _refuse_a_mixture(self) -> None:
+        """SweepError where the folder holds a run of another size, seed or device: no figure could tell their rows apart."""
+        try:
+            before = json.loads((self.folder / "study.json").read_text())["runs"][-1]["options"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return  # none, or none of ours, which the store says
+        mine = self.plain()
+        for name in ("smoke", "quick", "seed", "device"):
+            if isinstance(before, dict) and before.get(name, mine[name]) != mine[name]:
+                raise sweep.SweepError(
+                    f"--out {self.folder} holds a run with {name} = {before[name]}, not {mine[name]}; give another folder"
+                )
 
 
 def finish(out: Path, tables: Mapping[str, sweep.Table], summary: Mapping[str, Any], draw: Callable[[Path, Path], list[Path]]) -> int:

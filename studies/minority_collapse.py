@@ -20,15 +20,30 @@ import ufm
 from studies.command import Options as Common
 from studies.command import finish
 from ufm import metrics, sweep
+from ufm.arrays import to_numpy
 from ufm.theory.boundaries import boundaries
 
 N_MAX = 5000  # samples of the largest class, as in CIFAR-10-LT
 RATIOS, STRENGTHS = (1.0, 1000.0), (0.03, 30.0)
 BIASES = {"none": None, "free": 0.0, "penalised": 0.01}  # lam_b
-DEAD = 1e-2  # a class whose norm is below this share of its norm at the optimum counts as zero
-REACHED = 1e-6  # relative excess over the optimum's value at which descent has found it
-SETTLED, EVERY = 1e-4, 100  # scale-free gradient norm at which descent ends; steps between two looks at it
-SAME = ("panel", "K", "width", "features", "bias", "scale", "step_for", "momentum", "descents", "steps", "tol", "device")
+REACHED = 1e-5  # relative excess over the optimum's value at which descent that kills nothing has found it
+EVERY = 100  # steps of descent between two looks at its gradient
+SAME = (
+    "panel",
+    "K",
+    "width",
+    "features",
+    "bias",
+    "scale",
+    "step_for",
+    "momentum",
+    "descents",
+    "steps",
+    "tol",
+    "settled_below",
+    "dead_below",
+    "device",
+)
 
 PATTERNS = {
     "step": lambda K, ratio: ufm.counts.step(K, n_min := round(N_MAX / ratio), N_MAX / n_min),
@@ -81,13 +96,15 @@ def main(options: Options) -> int:
             **common,
         )
     tables = {f"rows_K{K}": table.where(K=K) for K in np.unique(table["K"])} | ({"boundary": refined} if rows else {})
-    return finish(options.folder, tables, summary(table) | accuracy(refined, exact), figure.draw_all)
+    said = {} if table.failures else summary(table) | accuracy(refined, exact)
+    return finish(options.folder, tables, said, figure.draw_all)
 
 
 def points(options: Options) -> list[dict[str, Any]]:
     """Every cell of every panel."""
     size = SIZES[options.size]
-    # step_for: the scale of a balanced start for which the step of descent is chosen
+    # step_for: scale of a balanced start for which the step of descent is chosen; settled_below: scale-free gradient norm at which descent
+    # ends; dead_below: share of its norm at the optimum below which a class counts as zero
     base = {
         "tol": 1e-9,
         "momentum": 0.9,
@@ -95,6 +112,8 @@ def points(options: Options) -> list[dict[str, Any]]:
         "step_for": 1.0,
         "steps": size.steps,
         "descents": 0,
+        "settled_below": 1e-4,
+        "dead_below": 1e-2,
         "device": options.device,
         "seed": options.seed,
     }
@@ -104,6 +123,10 @@ def points(options: Options) -> list[dict[str, Any]]:
     def panel(name: str, K: int, **axes: Any) -> list[dict[str, Any]]:
         one = {"panel": [name], "K": [K], "width": [2 * K], "features": ["relu"], "pattern": ["step"], "bias": ["none"]}
         return [base | point for point in sweep.grid(**one | axes)]
+
+    def slower(scale: float) -> dict[str, Any]:
+        """Equal flow time from starts that need smaller steps."""
+        return {"step_for": [max(1.0, scale)], "steps": [round(max(1.0, scale) ** 2 * size.steps)]}
 
     at = dict(ratio=[100.0], strength=[0.1, 0.3, 0.6, 0.85], descents=[size.descents_cut])
     row = dict(ratio=few["ratio"], strength=few["strength"][[np.abs(few["strength"] - 0.8).argmin()]], descents=[size.descents])
@@ -116,16 +139,17 @@ def points(options: Options) -> list[dict[str, Any]]:
             for point in panel("momentum", 10, momentum=[momentum], steps=[round(10 * (1 - momentum) * size.steps)], **at)
         ),
         *panel("width", 10, width=[10, 11, 12, 15, 20, 30, 40, 60, 80], **at),
-        *(point for s in np.geomspace(0.01, np.sqrt(10), 11) for point in panel("scale", 10, scale=[s], step_for=[max(1.0, s)], **at)),
+        *(point for s in np.geomspace(0.01, np.sqrt(10), 11) for point in panel("scale", 10, scale=[s], **at | slower(s))),
         *panel("map", 10, features=["relu", "free"], pattern=list(PATTERNS), ratio=ratios, strength=strengths, descents=[size.descents]),
         *panel("few classes", 4, ratio=ratios, strength=strengths, descents=[size.descents]),
         *panel("bias", 10, bias=["free", "penalised"], pattern=list(PATTERNS), ratio=ratios, strength=strengths),
     ]
 
 
-def minority_collapse(points: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[dict[str, Any]]:
+def minority_collapse(points: Sequence[dict[str, Any]], _: Sequence[int]) -> list[dict[str, Any]]:
     """One row a cell: the certified optimum, the prediction, whether they agree, and where descent from random starts ended."""
     problem = problem_of(points)
+    seeds = [sweep.seed_of({name: value for name, value in point.items() if name != "device"}) for point in points]  # equal on all devices
     start = apart(problem) if problem.classes == 100 else None  # a third of the time of a random one there; the proof is the same
     found = ufm.solve(problem, seed=seeds, start=start, tol=points[0]["tol"], device=points[0]["device"])
     rows = [at_optimum(problem, found, g) for g in range(problem.cells)]
@@ -158,7 +182,7 @@ def at_optimum(problem: ufm.Problem, found: ufm.Solution, g: int) -> dict[str, A
     """The certified optimum of a cell beside its prediction."""
     theory = ufm.predict(problem.cell(g))
     counts = problem.counts[g]
-    margins = metrics.margins(found.logits[g : g + 1], np.arange(problem.classes))[0]
+    margins = metrics.margins(to_numpy(found.logits)[g : g + 1], np.arange(problem.classes), against="mean")[0]
     same = found.regime[g] == theory.regime[0] and np.array_equal(found.collapsed[g], theory.collapsed[0])
     known = theory.regime[0] != ufm.Regime.UNKNOWN
     return {
@@ -166,6 +190,7 @@ def at_optimum(problem: ufm.Problem, found: ufm.Solution, g: int) -> dict[str, A
         "n_min": int(counts[-1]),
         "N": int(counts.sum()),
         "lam": float(problem.lam_h[g]),
+        "lam_b": None if problem.lam_b is None else float(problem.lam_b[g]),
         "value": found.value[g],
         "gap": found.gap[g],
         "rho": found.rho[g],
@@ -197,14 +222,14 @@ def descent(problem: ufm.Problem, found: ufm.Solution, point: dict[str, Any], se
         seed=seeds,
         steps=point["steps"],
         every=EVERY,
-        tol=SETTLED,
+        tol=point["settled_below"],
         probes=("class_norms",),
         start=ufm.starts.balanced(point["scale"]),
         device=point["device"],
     )
     norms = path.last("class_norms").reshape(G, runs, K)
-    at_best = np.linalg.norm(ufm.arrays.to_numpy(found.factors[0]), axis=1)[:, None, :]
-    killed = (norms <= DEAD * at_best) & ~found.collapsed[:, None, :]
+    at_best = np.linalg.norm(to_numpy(found.factors[0]), axis=1)[:, None, :]
+    killed = (norms <= point["dead_below"] * at_best) & ~found.collapsed[:, None, :]
     settled = np.array([stop in (ufm.Stop.GRADIENT, ufm.Stop.STALLED) for stop in path.stop]).reshape(G, runs)
     excess = path.last("value").reshape(G, runs) / found.value[:, None] - 1
     gradient = path.last("gradient_norm").reshape(G, runs)
@@ -220,7 +245,11 @@ def descent(problem: ufm.Problem, found: ufm.Solution, point: dict[str, Any], se
                 "killed_high": interval.high,
                 "killed_classes": killed[g].sum(axis=1).mean(),
             }
-            | {"settled": settled[g].mean(), "reached": np.mean(excess[g] <= REACHED), "excess": np.median(excess[g])}
+            | {
+                "settled": settled[g].mean(),
+                "reached": np.mean((excess[g] <= REACHED) & ~killed[g].any(axis=1)),
+                "excess": np.median(excess[g]),
+            }
             | {"descent_gradient": gradient[g].max(), "descent_steps": np.median(steps[g])}
         )
     return rows
@@ -234,6 +263,8 @@ def edges(table: sweep.Table, options: Options) -> tuple[list[dict[str, Any]], l
         "step_for": 1.0,
         "momentum": 0.9,
         "descents": 0,
+        "settled_below": 1e-4,
+        "dead_below": 1e-2,
         "steps": 1,
         "tol": 1e-12,
         "device": options.device,

@@ -41,7 +41,7 @@ def row(point, _seed):
     zero, last = (K - 1) / K, (K - 1) / K * n[0] / n[-1]
     free = point["features"] == "free"
     regime = Regime.ALL_ZERO if strength >= last else Regime.MINORITY_ZERO if strength >= zero else Regime.DISTINCT
-    made = {"n_min": int(n[-1]), "N": int(n.sum()), "lam": 1e-3 * strength, "gap": 1e-10, "regime": regime.name}
+    made = {"n_min": int(n[-1]), "N": int(n.sum()), "lam": 1e-3 * strength, "gap": 1e-10, "regime": regime.name, "lam_b": 0.01}
     made |= {"predicted_regime": regime.name, "distinct": regime == Regime.DISTINCT}
     made["margins"] = np.repeat([3.25, 0.0 if strength >= zero else 1.5], K // 2)
     made["dead"] = {Regime.DISTINCT: 0, Regime.MINORITY_ZERO: K // 2, Regime.ALL_ZERO: K}[regime]
@@ -64,7 +64,7 @@ def rows(points, seeds):
 def points():
     def panel(name, K, **axes):
         one = dict(panel=[name], K=[K], width=[2 * K], features=["relu"], pattern=["step"], bias=["none"], scale=[1.0], momentum=[0.9])
-        return sweep.grid(**one | dict(descents=[4], steps=[300], tol=[1e-9]) | axes)
+        return sweep.grid(**one | dict(descents=[4], steps=[300], tol=[1e-9], settled_below=[1e-4], dead_below=[1e-2]) | axes)
 
     cells, at = dict(ratio=RATIOS, strength=STRENGTHS), dict(ratio=[100.0], strength=[0.1, 0.6])
     both = dict(features=["relu", "free"], pattern=["step", "exponential"])
@@ -196,6 +196,12 @@ def test_hover_texts_tell_the_row(table):
         "(0.80 to 1.00)",
     ):
         assert told in text
+
+
+def test_rows_of_two_runs_make_no_curve(table):
+    rows = table.where(panel="scale", strength=0.6)
+    with pytest.raises(stored.BadRows, match="two rows of the panel 'scale' have the same place"):
+        collapse.killed_curve(rows, np.ones(len(rows)), "t", "black")
 
 
 def test_the_main_figure_has_its_panels_labels_and_caption(table):

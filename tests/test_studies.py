@@ -50,6 +50,14 @@ def rows_of(out: Path) -> dict[str, Any]:
         return {key: rest for key, *rest in store.execute("select key, version, point, status, result, arrays, error from cells")}
 
 
+def stored_in(out: Path) -> int:
+    """How many rows a folder holds so far."""
+    try:
+        return len(rows_of(out))
+    except sqlite3.OperationalError:
+        return 0
+
+
 def test_a_small_run_leaves_its_files_and_a_summary(smoke: Any, table: sweep.Table) -> None:
     done, out = smoke
     assert done.returncode == 0, done.stderr
@@ -87,7 +95,10 @@ def test_the_stored_boundaries_part_the_predicted_regimes(table: sweep.Table) ->
 def test_without_relu_descent_kills_nothing_and_finds_the_optimum(table: sweep.Table) -> None:
     free = table.where(panel="map", features="free")
     assert np.all(free["killed"] == 0)
-    assert np.all(free["reached"][free["settled"] == 1] == 1)
+    point = next(p for p in minority_collapse.points(minority_collapse.Options()) if p["panel"] == "map" and p["features"] == "free")
+    for strength in (0.3, 3.0):
+        row = minority_collapse.minority_collapse([point | {"ratio": 30.0, "strength": strength, "descents": 4}], [0])[0]
+        assert (row["settled"], row["reached"], row["killed"]) == (1.0, 1.0, 0.0)
 
 
 def test_intervals_hold_the_shares(table: sweep.Table) -> None:
@@ -95,6 +106,9 @@ def test_intervals_hold_the_shares(table: sweep.Table) -> None:
     low, share, high = (cells[name] for name in ("killed_low", "killed", "killed_high"))
     assert np.all((0 <= low) & (low <= share + 1e-15) & (share <= high + 1e-15) & (high <= 1))
     assert np.all(high - low > 0)
+    n, z = cells["descents"], 1.959963984540054  # Wilson 1927
+    middle, half = (share + z**2 / (2 * n)) / (1 + z**2 / n), z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    assert np.allclose([low, high], [middle - half, middle + half], rtol=0, atol=1e-12)
     assert cells["killed"].max() > 0
 
 
@@ -150,13 +164,16 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_do_not_depend_on_workers_blocks_or_kills(smoke: Any, tmp_path: Path) -> None:
     """Killed hard twice on the way, then finished in one process: the store of a run in parallel, bit for bit."""
     arguments = ["minority_collapse", "--smoke", "--executor", "serial", "--out", str(tmp_path)]
-    for pause in (4.0, 3.0):
+    everything = len(rows_of(smoke[1]))
+    for share in (0.1, 0.5):
         going = subprocess.Popen(
             command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
-        time.sleep(pause)
+        while going.poll() is None and stored_in(tmp_path) < share * everything:
+            time.sleep(0.02)
         os.killpg(going.pid, signal.SIGKILL)
-        going.wait()
+        assert going.wait() == -signal.SIGKILL
+        assert share * everything <= stored_in(tmp_path) < everything
     assert __main__.main(arguments) == 0
     assert rows_of(tmp_path) == rows_of(smoke[1])
 
@@ -207,6 +224,45 @@ def test_a_point_that_raises_ends_in_a_sentence(tmp_path: Path, monkeypatch: Any
 
 
 POINTS = minority_collapse.points
+
+
+def test_if_every_point_raises_that_is_what_is_said(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    def broken(points: Any) -> Any:
+        raise ArithmeticError("nothing works today")
+
+    monkeypatch.setattr(minority_collapse, "points", lambda options: POINTS(options)[-9:])
+    monkeypatch.setattr(minority_collapse, "problem_of", broken)
+    assert __main__.main(["minority_collapse", "--smoke", "--executor", "serial", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "failed: 9 points" in said
+    assert "nothing works today" in said
+
+
+@pytest.mark.parametrize("other", [["--smoke", "--seed", "1"], ["--quick"]])
+def test_sizes_and_seeds_do_not_mix_in_a_folder(smoke: Any, other: list[str]) -> None:
+    before = rows_of(smoke[1])
+    done = studies("minority_collapse", *other, "--out", smoke[1])
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "holds a run with" in done.stderr
+    assert rows_of(smoke[1]) == before
+
+
+def test_default_folders_differ() -> None:
+    names = {str(minority_collapse.Options(**options).folder) for options in ({}, {"quick": True}, {"seed": 3}, {"device": "cpu"})}
+    assert names == {f"out/minority_collapse{end}" for end in ("", "-quick", "-seed3", "-cpu")}
+
+
+def test_torch_finds_the_same_rows() -> None:
+    """The same starts, the same optimum and the same seeds killed, to rounding."""
+    pytest.importorskip("torch")
+    point = next(p for p in minority_collapse.points(minority_collapse.Options()) if p["panel"] == "few classes")
+    cells = [point | {"ratio": 30.0, "strength": strength, "descents": 8} for strength in (0.3, 0.6)]
+    ours, theirs = (minority_collapse.minority_collapse([c | {"device": d} for c in cells], [0, 0]) for d in ("numpy", "cpu"))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["killed"] == b["killed"] > 0
+        assert abs(a["value"] / b["value"] - 1) < 1e-10
+        assert np.abs(a["margins"] - b["margins"]).max() < 1e-6
 
 
 def test_the_list_asks_every_question() -> None:
@@ -262,6 +318,53 @@ def test_a_foreign_store_is_left_alone(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
     assert "cells.sqlite" in done.stderr
     assert (tmp_path / "cells.sqlite").read_bytes() == b"something else entirely" * 100
+
+
+def test_a_full_disk_gets_one_sentence(tmp_path: Path) -> None:
+    """No file may grow beyond 60 kB here; what is stored is whole, and a run with room goes on from it."""
+    limited = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
+    limited += "from studies.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    arguments = ["minority_collapse", "--smoke", "--executor", "serial", "--out", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", limited, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("studies minority_collapse: ")
+    assert str(tmp_path) in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith((".part", ".png", ".csv"))]
+    assert not sweep.load(tmp_path).failures
+
+
+def test_a_folder_that_takes_no_files_gets_one_sentence() -> None:
+    done = studies("minority_collapse", "--smoke", "--out", "/proc/ufm")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "/proc/ufm" in done.stderr
+
+
+def test_a_killed_worker_gets_one_sentence(tmp_path: Path) -> None:
+    """The worker is killed from outside while it computes; what was finished is stored, and a second call goes on."""
+    going = subprocess.Popen(
+        command("minority_collapse", "--smoke", "--workers", "1", "--out", tmp_path), cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (pids := workers_of(going.pid)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1.5)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    _, said = going.communicate(timeout=60)
+    assert going.returncode == 2
+    assert said.splitlines()[-1].startswith("studies minority_collapse: run: a worker process died")
+    assert "run again to go on" in said
+    assert "Traceback" not in said
+
+
+def workers_of(pid: int) -> list[int]:
+    """The loky workers below a process (Linux)."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    pids = [int(child) for child in children.read_text().split()] if children.exists() else []
+    return [child for child in pids if "popen_loky" in Path(f"/proc/{child}/cmdline").read_text()]
 
 
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ class Coordinates:
     bounded: bool = True
 
     def unpack(self, x: Array) -> Factors:
-        """(B, n) -> one array per factor, in balanced coordinates."""
+        """(B, n) -> one array per factor, in these coordinates."""
         parts, start = [], 0
         for shape in self.shapes:
             size = shape[0] * shape[1]

@@ -184,7 +184,7 @@ class Trajectory(Saved):
     """What `simulate` saw, per run: T records of value, gradient_norm, time and probes, and the end points.
 
     step (T,): steps taken at each record; value, gradient_norm (scale-free), time (B, T); probes: name -> (B, T) or (B, T, m). A run that
-    ended has NaN from its last record on. stop (B,) of Stop; steps (B,): taken in all; factors (H, W_1, ..., W_L[, b]) and logits
+    ended has NaN after its last record. stop (B,) of Stop; steps (B,): taken in all; factors (H, W_1, ..., W_L[, b]) and logits
     (B, K, cols) where each run ended.
     """
 

@@ -19,7 +19,7 @@ from ufm.sweep.store import write_whole
 
 RECORD = "study.json"
 KEPT = 100  # entries; of older ones only the number is kept
-PACKAGES = (__name__.partition(".")[0], "numpy", "scipy")
+PACKAGES = (__name__.partition(".")[0], "numpy", "scipy", "torch")
 
 
 class Record:
