@@ -112,7 +112,7 @@ def killed_curve(rows: sweep.Table, x: NDArray[Any], label: str, colour: str, ma
     """The share killed of these rows over x (P,), with its interval."""
     order = np.argsort(x)
     if len(np.unique(x)) < len(x):
-        raise stored.BadRows(f"two rows of the panel {rows['panel'][0]!r} have the same place; the folder mixes runs, draw another one")
+        raise stored.BadRows(f"two rows of the panel '{rows['panel'][0]}' have the same place; the folder mixes runs, draw another one")
     picked = rows.pick(order)
     column = {name: picked[name] for name in (*COLUMNS, *DESCENT)}
     return Curve(
