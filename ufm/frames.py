@@ -52,6 +52,48 @@ def orthogonal_frame(K: int, d: int | None = None) -> Floats:
     return np.eye(K, d)
 
 
+def polygon(K: int) -> Floats:
+    """K unit rows (cos 2 pi k/K, sin 2 pi k/K) on a circle, (K, 2); K = 3 is the simplex, K = 4 two pairs."""
+    _check("polygon", "K", K, 3, "a polygon has three corners")
+    angle = 2 * np.pi * np.arange(K) / K
+    return np.stack([np.cos(angle), np.sin(angle)], axis=1)
+
+
+def pairs(K: int) -> Floats:
+    """Rows e_1, -e_1, e_2, -e_2, ..., and for odd K a last class alone on its own axis, (K, ceil(K/2))."""
+    _check("pairs", "K", K, 2, "a pair has two classes")
+    signs = np.where(np.arange(K) % 2, -1.0, 1.0)
+    return np.asarray(signs[:, None] * (np.arange(K)[:, None] // 2 == np.arange((K + 1) // 2)))
+
+
+def cross_polytope(m: int) -> Floats:
+    """2m unit rows e_1, -e_1, ..., e_m, -e_m, (2m, m): `pairs` of 2m classes."""
+    _check("cross_polytope", "m", m, 1, "a cross-polytope has an axis")
+    return pairs(2 * m)
+
+
+def rectified_simplex(r: int) -> Floats:
+    """T(r): unit rows along e_i + e_j - 2/r for i < j <= r, (r(r-1)/2, r): midpoints of the edges of a simplex; T(4) is the octahedron."""
+    _check("rectified_simplex", "r", r, 3, "its classes are the edges of a complete graph")
+    i, j = np.triu_indices(r, 1)
+    rows = np.eye(r)[i] + np.eye(r)[j] - 2 / r
+    return np.asarray(rows / np.sqrt(2 - 4 / r))
+
+
+def icosahedron() -> Floats:
+    """The 12 vertices, (12, 3), unit rows with cosines +-1/sqrt(5) and -1, antipodes next to each other."""
+    golden = (1 + np.sqrt(5)) / 2
+    half = [np.roll([0.0, 1.0, s * golden], shift) for shift in range(3) for s in (1, -1)]
+    return np.asarray(np.kron(half, [[1.0], [-1.0]]) / np.hypot(1, golden))
+
+
+def square_antiprism(height: float) -> Floats:
+    """8 rows (cos, sin, +-height), (8, 3): a square, then the same turned by 45 degrees, at opposite heights; the circle has radius 1."""
+    angle = np.pi / 2 * np.arange(4)
+    around = np.concatenate([angle, angle + np.pi / 4])
+    return np.stack([np.cos(around), np.sin(around), np.repeat([height, -height], 4)], axis=1)
+
+
 def etf_targets(K: int) -> Targets:
     """I - 11^T/K for all three: balanced cross-entropy with free features, about any centre that is the mean of the class means."""
     _check("etf_targets", "K", K, 2, "a simplex needs two classes")
