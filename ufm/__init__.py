@@ -5,19 +5,21 @@
     ufm.solve(problem)              the minimiser, with a proven relative gap                          -> Solution
     ufm.simulate(problem, rule)     descent from random starts, metrics on the way                     -> Trajectory
     ufm.certify(problem, factors)   what any point is worth                                            -> Certificate
+    ufm.hessian(problem, factors)   the curvature there: eigenvalues, index, minimum or saddle         -> Spectrum
 
 Glossary: K classes of n_k samples, N in all; d the feature width; L the number of weight matrices after the free features; factors
 (H, W_1, ..., W_L[, b]), arrays (B, rows, cols) with columns = class means or samples; a problem is a grid of G cells of equal sizes, and
 `runs` starts each give B = G * runs runs, cell-major. The one convention of the objective is stated in `ufm.objective`.
 
 Rooms: counts, frames, losses, problem (with the table of the papers' conventions), chain, starts, objective, coordinates, certificate,
-metrics, theory, rules, dynamics, solvers, sweep, plots.
+metrics, theory, rules, dynamics, solvers, landscape, sweep, plots.
 Importing ufm loads numpy and the array-API shim only.
 """
 
 from ufm import counts, frames, losses, metrics, rules, starts, sweep
 from ufm.certificate import certify
 from ufm.dynamics import simulate
+from ufm.landscape import Spectrum, hessian
 from ufm.losses import MSE, CrossEntropy, Focal
 from ufm.problem import PAPERS, Problem
 from ufm.records import Certificate, NoTheory, Prediction, Regime, Solution, Stop, Trajectory
@@ -37,11 +39,13 @@ __all__ = [
     "Problem",
     "Regime",
     "Solution",
+    "Spectrum",
     "Stop",
     "Trajectory",
     "certify",
     "counts",
     "frames",
+    "hessian",
     "losses",
     "metrics",
     "predict",
