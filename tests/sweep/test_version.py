@@ -94,7 +94,7 @@ def test_the_record_lists_the_runs(tmp_path, monkeypatch):
         "complete",
     )
     assert first["version"] == sweep.load(tmp_path).version
-    assert set(first["versions"]) == {"python", "ufm", "numpy", "scipy"}
+    assert set(first["versions"]) == {"python", "ufm", "numpy", "scipy", "torch"}
     assert "command" in first
     assert len(first["commit"]) == 40
     monkeypatch.setattr("ufm.sweep.record.KEPT", 2)
