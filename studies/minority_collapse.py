@@ -100,23 +100,30 @@ def main(options: Options) -> int:
     return finish(options.folder, tables, said, figure.draw_all)
 
 
-def points(options: Options) -> list[dict[str, Any]]:
-    """Every cell of every panel."""
-    size = SIZES[options.size]
-    # step_for: scale of a balanced start for which the step of descent is chosen; settled_below: scale-free gradient norm at which descent
-    # ends; dead_below: share of its norm at the optimum below which a class counts as zero
-    base = {
+def usual(options: Options) -> dict[str, Any]:
+    """What the points of all panels have unless they say otherwise.
+
+    step_for: scale of a balanced start for which the step of descent is chosen; settled_below: scale-free gradient norm at which descent
+    ends; dead_below: share of its norm at the optimum below which a class counts as zero.
+    """
+    return {
         "tol": 1e-9,
         "momentum": 0.9,
         "scale": 1.0,
         "step_for": 1.0,
-        "steps": size.steps,
+        "steps": SIZES[options.size].steps,
         "descents": 0,
         "settled_below": 1e-4,
         "dead_below": 1e-2,
         "device": options.device,
         "seed": options.seed,
     }
+
+
+def points(options: Options) -> list[dict[str, Any]]:
+    """Every cell of every panel."""
+    size = SIZES[options.size]
+    base = usual(options)
     ratios, strengths = np.geomspace(*RATIOS, size.cells), np.geomspace(*STRENGTHS, size.cells)
     few = dict(ratio=np.geomspace(*RATIOS, size.cells_large), strength=np.geomspace(*STRENGTHS, size.cells_large))
 
@@ -152,7 +159,7 @@ def minority_collapse(points: Sequence[dict[str, Any]], _: Sequence[int]) -> lis
     seeds = [sweep.seed_of({name: value for name, value in point.items() if name != "device"}) for point in points]  # equal on all devices
     start = apart(problem) if problem.classes == 100 else None  # a third of the time of a random one there; the proof is the same
     found = ufm.solve(problem, seed=seeds, start=start, tol=points[0]["tol"], device=points[0]["device"])
-    rows = [at_optimum(problem, found, g) for g in range(problem.cells)]
+    rows = at_optimum(problem, found)
     for row, edge in zip(rows, np.stack(boundaries(problem), axis=1), strict=True):
         row |= dict(zip(("strength_merged", "strength_zero", "strength_all"), (row["N"] * edge) ** 2 / row["n_min"], strict=True))
     if points[0]["descents"]:
@@ -178,34 +185,38 @@ def apart(problem: ufm.Problem) -> ufm.starts.Given:
     return ufm.starts.given([9 * H / q, q * W])
 
 
-def at_optimum(problem: ufm.Problem, found: ufm.Solution, g: int) -> dict[str, Any]:
-    """The certified optimum of a cell beside its prediction."""
-    theory = ufm.predict(problem.cell(g))
-    counts = problem.counts[g]
-    margins = metrics.margins(to_numpy(found.logits)[g : g + 1], np.arange(problem.classes), against="mean")[0]
-    same = found.regime[g] == theory.regime[0] and np.array_equal(found.collapsed[g], theory.collapsed[0])
-    known = theory.regime[0] != ufm.Regime.UNKNOWN
-    return {
-        "counts": counts,
-        "n_min": int(counts[-1]),
-        "N": int(counts.sum()),
-        "lam": float(problem.lam_h[g]),
-        "lam_b": None if problem.lam_b is None else float(problem.lam_b[g]),
-        "value": found.value[g],
-        "gap": found.gap[g],
-        "rho": found.rho[g],
-        "gradient_norm": found.gradient_norm[g],
-        "stop": found.stop[g].name,
-        "regime": found.regime[g].name,
-        "dead": int(found.collapsed[g].sum()),
-        "distinct": found.regime[g] == ufm.Regime.DISTINCT,
-        "margins": margins,
-        "predicted_value": theory.value[0],
-        "predicted_regime": theory.regime[0].name,
-        "difference": found.value[g] / theory.value[0] - 1,
-        "distance": theory.distance[0],
-        "agree": bool(same) if known else None,
-    }
+def at_optimum(problem: ufm.Problem, found: ufm.Solution) -> list[dict[str, Any]]:
+    """The certified optimum of each cell beside its prediction."""
+    theory = ufm.predict(problem)
+    margins = metrics.margins(to_numpy(found.logits), np.arange(problem.classes), against="mean")
+    rows = []
+    for g, counts in enumerate(problem.counts):
+        same = found.regime[g] == theory.regime[g] and np.array_equal(found.collapsed[g], theory.collapsed[g])
+        known = theory.regime[g] != ufm.Regime.UNKNOWN
+        rows.append(
+            {
+                "counts": counts,
+                "n_min": int(counts[-1]),
+                "N": int(counts.sum()),
+                "lam": float(problem.lam_h[g]),
+                "lam_b": None if problem.lam_b is None else float(problem.lam_b[g]),
+                "value": found.value[g],
+                "gap": found.gap[g],
+                "rho": found.rho[g],
+                "gradient_norm": found.gradient_norm[g],
+                "stop": found.stop[g].name,
+                "regime": found.regime[g].name,
+                "dead": int(found.collapsed[g].sum()),
+                "distinct": found.regime[g] == ufm.Regime.DISTINCT,
+                "margins": margins[g],
+                "predicted_value": theory.value[g],
+                "predicted_regime": theory.regime[g].name,
+                "difference": found.value[g] / theory.value[g] - 1,
+                "distance": theory.distance[g],
+                "agree": bool(same) if known else None,
+            }
+        )
+    return rows
 
 
 def descent(problem: ufm.Problem, found: ufm.Solution, point: dict[str, Any], seeds: Sequence[int]) -> list[dict[str, Any]]:
@@ -258,18 +269,7 @@ def descent(problem: ufm.Problem, found: ufm.Solution, point: dict[str, Any], se
 def edges(table: sweep.Table, options: Options) -> tuple[list[dict[str, Any]], list[tuple[float, float]], list[float]]:
     """Where classes cease to be distinct on the maps: for each ratio the row to refine, the two neighbouring cells, theory's boundary."""
     rows, between, exact = [], [], []
-    rest = {
-        "scale": 1.0,
-        "step_for": 1.0,
-        "momentum": 0.9,
-        "descents": 0,
-        "settled_below": 1e-4,
-        "dead_below": 1e-2,
-        "steps": 1,
-        "tol": 1e-12,
-        "device": options.device,
-        "seed": options.seed,
-    }
+    rest = usual(options) | {"steps": 1, "tol": 1e-12}
     for features, pattern in product(("relu", "free"), PATTERNS):
         cells = table.where(panel="map", features=features, pattern=pattern).on_grid("ratio", "strength")
         own = {"panel": "boundary", "K": 10, "width": 20, "features": features, "pattern": pattern, "bias": "none"}
