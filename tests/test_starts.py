@@ -150,8 +150,10 @@ def looks_normal(x: Any, deviation: float) -> bool:
 
 
 def test_normal() -> None:
-    """Every entry of every factor ~ N(0, scale^2/d), entries and runs independent."""
-    got = first(LARGE, starts.normal(0.7), runs=20)[:-1]
+    """Every entry of every factor ~ N(0, scale^2/d), of H per sample, so N(0, scale^2/(d n_k)) for means; all independent."""
+    H, *weights = first(LARGE, starts.normal(0.7), runs=20)[:-1]
+    assert looks_normal(first(replace(LARGE, columns="samples"), starts.normal(0.7))[0], 0.7 / np.sqrt(30))
+    got = [np.sqrt(LARGE.counts[0]) * H, *weights]
     for x in got:
         assert looks_normal(x, 0.7 / np.sqrt(30))
         assert not looks_normal(x, 0.74 / np.sqrt(30))  # the check can fail

@@ -30,7 +30,10 @@ class Start(Protocol):
 
 @dataclass(frozen=True)
 class Normal:
-    """Every entry of every factor, H included, ~ N(0, scale^2/d); a bias starts at 0."""
+    """Every entry of every factor, H included, ~ N(0, scale^2/d); a bias starts at 0.
+
+    With class means as columns, H holds the means of m_c samples drawn so, N(0, scale^2/(d m_c)): the same start, reduced.
+    """
 
     scale: float = 1.0
 
@@ -38,7 +41,8 @@ class Normal:
         _check_scale("normal", self.scale)
 
     def draw(self, cell: Problem, shapes: Sequence[tuple[int, int]], generator: np.random.Generator) -> list[Floats]:
-        return [self.scale / np.sqrt(cell.width) * generator.standard_normal(shape) for shape in shapes]
+        H, *rest = (self.scale / np.sqrt(cell.width) * generator.standard_normal(shape) for shape in shapes)
+        return [H / np.sqrt(cell.multiplicity[0]), *rest]
 
 
 @dataclass(frozen=True)
