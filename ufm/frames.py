@@ -170,6 +170,16 @@ def imbalanced_classifier(means: Array, counts: Any) -> Array:
     return (means.shape[-1] * weighted - xp.sum(weighted, axis=-1, keepdims=True)).mT
 
 
+def graph_incidence(r: int) -> Floats:
+    """Vertices against edges of the complete graph K_r, (r, r(r-1)/2): 1 where edge i < j has the vertex; B B^T = (r-2) I + 11^T.
+
+    Edges in the order of `rectified_simplex`; own, adjacent and disjoint edges share 2, 1 and 0 vertices: the triangular graph.
+    """
+    _check("graph_incidence", "r", r, 3, "its classes are the edges of a complete graph")
+    i, j = np.triu_indices(r, 1)
+    return np.asarray((np.eye(r)[i] + np.eye(r)[j]).T)
+
+
 def _centring(K: int) -> Floats:
     return np.asarray(np.eye(K) - 1 / K)
 
