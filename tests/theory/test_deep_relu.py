@@ -31,7 +31,14 @@ SUMS: list[tuple[Block, ...]] = [
     (deep_relu.graph(4, 4), deep_relu.orthogonal(3, 4)),
     (deep_relu.graph(4, 5), deep_relu.graph(3, 5), deep_relu.orthogonal(1, 5)),
 ]
-PAIRED = [(deep_relu_ce.shifted_pairs(2, 2),), (deep_relu_ce.shifted_pairs(6, 2),), (deep_relu_ce.shifted_pairs(8, 5),)]
+PAIRED = [
+    (deep_relu_ce.shifted_pairs(2, 2),),
+    (deep_relu_ce.shifted_pairs(6, 2),),
+    (deep_relu_ce.shifted_pairs(8, 5),),
+    (deep_relu_ce.graph_code(3, 2),),
+    (deep_relu_ce.graph_code(5, 4),),
+    (deep_relu_ce.graph_code(4, 3), deep_relu.orthogonal(2, 3)),
+]
 
 
 def relu_forward(layers: Sequence[Floats]) -> list[list[float]]:
@@ -58,14 +65,14 @@ def test_incidence() -> None:
 
 @pytest.mark.parametrize("blocks", [*SUMS, *PAIRED], ids=lambda blocks: "+".join(f"{b.name}, L={b.depth}" for b in blocks))
 def test_layers_make_their_output(blocks: tuple[Block, ...]) -> None:
-    """A >= 0; own logits 1 and the others as `inside` tells, by loops."""
+    """A >= 0; own logits and the others as told, by loops."""
     for block in blocks:
         assert np.all(block.layers[0] >= 0)
         Z = np.array(relu_forward(block.layers))
         assert block.output() == pytest.approx(Z, abs=1e-14)
         for c in range(block.classes):
-            gaps = sorted(1 - Z[j, c] for j in range(block.classes) if j != c)
-            assert Z[c, c] == pytest.approx(1, abs=1e-14)
+            gaps = sorted(Z[c, c] - Z[j, c] for j in range(block.classes) if j != c)
+            assert Z[c, c] == pytest.approx(block.own, abs=1e-14)
             assert gaps == pytest.approx(sorted(gap for gap, many in block.inside for _ in range(many)), abs=1e-14)
         assert block.depth == len(block.layers)
         assert block.width == max(len(layer) for layer in block.layers[:-1])
@@ -79,6 +86,8 @@ def test_costs_in_closed_form() -> None:
         for r in (3, 5, 8):
             k, nuclear = r * (r - 1) / 2, (r - 1) * np.sqrt(r - 2) + np.sqrt(2 * r - 2)
             graph = deep_relu.graph(r, L)
+            code = deep_relu_ce.graph_code(r, L)
+            assert deep_relu.cost(code, 99) ** (L + 1) == pytest.approx(nuclear**2 * r ** (L - 2) * (r - 1) * (r - 2), rel=1e-13)
             assert deep_relu.cost(graph) ** (L + 1) == pytest.approx(nuclear**2 * r ** (L - 2) * k**2 / 4, rel=1e-13)
             assert deep_relu.cost(graph, int(k) + 5) ** (L + 1) == pytest.approx(
                 nuclear**2 * r ** (L - 2) * k**2 / 4 * (1 - 1 / (k + 5)), rel=1e-13
@@ -240,6 +249,7 @@ def test_polishing_the_graph_leads_further_below_dnc() -> None:
         (lambda: deep_relu.squared_error([], 1e-3), ValueError, "depths"),
         (lambda: deep_relu.squared_error([deep_relu.orthogonal(2, 3), deep_relu.orthogonal(2, 4)], 1e-3), ValueError, r"depths \[3, 4\]"),
         (lambda: deep_relu.squared_error([deep_relu_ce.shifted_pairs(4, 3)], 1e-3), NoTheory, "does not make the identity"),
+        (lambda: deep_relu.squared_error([deep_relu_ce.graph_code(3, 3)], 1e-3), NoTheory, "does not make the identity"),
         (lambda: deep_relu.below_zero([deep_relu.orthogonal(2, 3)] * 2), NoTheory, "2 blocks lose their classes"),
         (
             lambda: deep_relu.factors([deep_relu.graph(4, 3)], [0.9], 1, 1e-3, [1e-3] * 3, 5),

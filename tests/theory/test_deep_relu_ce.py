@@ -18,6 +18,8 @@ SUMS: list[list[Block]] = [
     deep_relu_ce.paired(8, 4),
     deep_relu_ce.paired(9, 5),
     [deep_relu.graph(4, 4), deep_relu.orthogonal(2, 4)],
+    [deep_relu_ce.graph_code(5, 3)],
+    [deep_relu_ce.graph_code(4, 2), deep_relu.orthogonal(1, 2)],
 ]
 
 
@@ -98,16 +100,25 @@ def test_thresholds_of_pairs() -> None:
 
 
 def test_theorem_seven() -> None:
-    """The published set lies in ours, which begins at K = 10 for L = 4 and 5, K = 8 for L = 6, K = 6 for L = 7, and has no gap."""
+    """The published set lies in ours, which begins at K = 28 for L = 2, 10 for L = 3, 4 and 5, and 6 from L = 6 on, and has no gap."""
     for L in range(1, 9):
         ours = [K for K in range(2, 50) if deep_relu_ce.dnc_is_not_optimal(K, L, K)]
         published = [K for K in range(2, 50) if deep_relu_ce.published_dnc_is_not_optimal(K, L, K)]
         assert set(published) <= set(ours)
         assert published == {4: list(range(16, 50))}.get(L, list(range(10, 50)) if L >= 5 else [])
-        assert ours == list(range({4: 10, 5: 10, 6: 8, 7: 6, 8: 6}.get(L, 50), 50))
+        assert ours == list(range({2: 28, 3: 10, 4: 10, 5: 10, 6: 6, 7: 6, 8: 6}.get(L, 50), 50))
 
 
-@pytest.mark.parametrize(("K", "L"), [(10, 4), (11, 4), (14, 4), (15, 4), (10, 5), (8, 6), (9, 6), (6, 7), (7, 7)])
+def test_thresholds_of_the_graph_code() -> None:
+    """||B||_nuc^2 r^{L-2} (r-1)(r-2) < (k-1)^{L+1}: r >= 8, 5, 5, 5, 4, 4 at L = 2 ... 7, up to r = 40, at 50 digits."""
+    for L, least in zip(range(2, 8), (8, 5, 5, 5, 4, 4), strict=True):
+        for r in range(4, 41):
+            nuclear, k = (r - 1) * mp.sqrt(r - 2) + mp.sqrt(2 * r - 2), r * (r - 1) // 2
+            expected = nuclear**2 * mp.mpf(r) ** (L - 2) * (r - 1) * (r - 2) < mp.mpf(k - 1) ** (L + 1)
+            assert (deep_relu.cost(deep_relu_ce.graph_code(r, L), k) < k - 1) == expected == (r >= least)
+
+
+@pytest.mark.parametrize(("K", "L"), [(28, 2), (30, 2), (10, 3), (13, 3), (10, 4), (14, 4), (10, 5), (6, 6), (9, 6), (7, 7)])
 def test_the_competitor_is_below_linear_collapse(K: int, L: int) -> None:
     """At every lambda_eff where DNC exists, the best competitor's value, or log K of zero, is below that of linear DNC."""
     lam = deep_points.largest(deep_points.dnc(K), L) * np.geomspace(1e-14, 0.999, 40)
@@ -136,6 +147,7 @@ def test_pairs_overtake_orthogonal_collapse_from_a_penalty_on(K: int, L: int) ->
     [
         (lambda: deep_relu_ce.shifted_pairs(5, 3), "k is 5, but pairs need an even number"),
         (lambda: deep_relu_ce.shifted_pairs(4, 1), "depth is 1"),
+        (lambda: deep_relu_ce.graph_code(5, 1), "graph_code: depth is 1"),
         (lambda: deep_relu_ce.dnc_is_not_optimal(10, 4, 9), "dnc_is_not_optimal: d is 9"),
         (lambda: deep_relu_ce.published_dnc_is_not_optimal(10, 5, 9), "published_dnc_is_not_optimal: d is 9"),
     ],

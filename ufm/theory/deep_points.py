@@ -21,7 +21,7 @@ from ufm.records import NoTheory
 from ufm.theory import deep_scale
 from ufm.theory.deep_codes import Code, Tied
 from ufm.theory.deep_scale import Branch, Part, part
-from ufm.theory.deep_stability import dnc_index
+from ufm.theory.deep_stability import dnc_index, pairs_index
 
 Floats = NDArray[np.float64]
 
@@ -62,7 +62,7 @@ def levels(code: Code | Tied, lam: ArrayLike, depth: int, branch: Branch = "larg
 
 
 def at(code: Code | Tied, lam: ArrayLike, depth: int, branch: Branch = "large") -> CriticalPoint:
-    """The critical point of a code at lambda_eff (...), with M, rank, and index for DNC and zero; NaN where it does not exist.
+    """The critical point of a code at lambda_eff (...), with M, rank, and index for DNC, zero and pairs; NaN where it does not exist.
 
     NoTheory where it exists at none of the lambda_eff given.
     """
@@ -86,6 +86,9 @@ def _index(code: Code | Tied, found: Levels, depth: int) -> Floats | None:
     if len(code.parts) == 1 and int(code.parts[0].rank.sum()) == code.classes - 1:
         alpha = np.where(missing, 1.0, found.scales[..., 0] * code.parts[0].sigma[0])
         return np.where(missing, np.nan, dnc_index(code.classes, alpha, depth))
+    if depth > 1 and code.parts and code.name == pairs(code.classes - code.classes % 2).name:
+        beta = np.where(missing, 1.0, found.scales[..., 0])
+        return np.where(missing, np.nan, pairs_index(code.classes, beta, depth))
     return np.zeros(found.value.shape) if not code.parts and depth > 1 else None
 
 

@@ -29,12 +29,13 @@ Floats = NDArray[np.float64]
 class Block:
     """Layers (A, W_2, ..., W_L) at scale 1 of k classes, A (units, k) = W_1 H >= 0 and W_L (k, units).
 
-    Own logits are 1; inside: (own minus other logit, how many others) for the classes of the block; logits of other blocks are 0.
+    inside: (own minus other logit, how many others) for the classes of the block; own: the own logit, those of other blocks are 0.
     """
 
     name: str
     layers: tuple[Floats, ...]
     inside: tuple[tuple[float, int], ...]
+    own: float = 1.0
 
     @property
     def classes(self) -> int:
@@ -116,7 +117,7 @@ def squared_error(blocks: Sequence[Block], lam: ArrayLike) -> Levels:
     level = np.asarray(lam, dtype=np.float64)
     scales, fit, penalty = [], np.zeros(level.shape), np.zeros(level.shape)
     for block in blocks:
-        if any(gap != 1 for gap, many in block.inside if many):
+        if block.own != 1 or any(gap != 1 for gap, many in block.inside if many):
             raise NoTheory(f"deep_relu.squared_error: '{block.name}' does not make the identity, the targets of squared error")
         C, share = cost(block), block.classes / K
         t = _shortfall(level * C / share, depth)

@@ -104,6 +104,18 @@ def block_is_unstable(size: int, K: int, a: ArrayLike, depth: int) -> NDArray[np
     return np.asarray(x < (depth - 1) / (depth + 1) * (size + grown))
 
 
+def pairs_index(K: int, beta: ArrayLike, depth: int) -> Ints:
+    """Negative eigenvalues in m = K/2 pairs of scale beta, (...): m(m-1)/2 if 2 beta < (L-1)/(L+1) (K - 2 + 2 e^{-beta}), m below the fold.
+
+    The first are directions that turn two pairs into each other, the others the pairs' own scales; L >= 2. So pairs, too, are saddles
+    for many classes. Derived here, as the line of DNC; matched to dense Hessians.
+    """
+    b, m = np.asarray(beta, dtype=np.float64), K // 2
+    turning = 2 * b < (depth - 1) / (depth + 1) * (K - 2 + 2 * np.exp(-b))
+    shrinking = b < deep_scale.fold(deep_scale.part(1.0, [1, 2], [K - 2, 1], 2.0, m), depth)
+    return np.asarray(turning * (m * (m - 1) // 2) + shrinking * m, dtype=np.int64)
+
+
 def dnc_is_stable(K: int, lam: ArrayLike, depth: int, branch: Branch = "large") -> NDArray[np.bool_]:
     """Whether DNC exists at lambda_eff (...) and has no negative eigenvalue."""
     a = deep_scale.scale(deep_scale.part(1.0, 1.0, K - 1, 1.0, K - 1), lam, depth, branch)
