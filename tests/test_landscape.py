@@ -17,6 +17,8 @@ import ufm
 from catalog import PROBLEMS
 from test_objective import torch_parts
 from ufm.landscape import Spectrum, hessian, orbit_dimension
+from ufm.theory import deep
+from ufm.theory import deep_points as points
 
 over = pytest.mark.parametrize
 
@@ -42,7 +44,7 @@ def test_eigenvalues_are_torch_s(problem: ufm.Problem) -> None:
     """Every problem of the catalogue, at a random point: eigenvalues and their signs, to 1e-12 of the largest."""
     factors = catalog.factors(problem)
     got = hessian(problem, factors)
-    assert got.method == "dense"
+    assert np.all(got.method == "dense")
     for run in range(problem.cells):
         exact = np.linalg.eigvalsh(dense_hessian_by_torch(problem, run, 1, factors))
         size = np.abs(exact).max()
@@ -324,6 +326,129 @@ def test_unseen_features_are_flat() -> None:
     assert got.is_minimum[0] == 1
 
 
+# --- any width, from the width of the rank -------------------------------------------------------------------------------------------
+
+
+def rank_points() -> list[tuple[str, ufm.Problem, list[Any]]]:
+    """Stationary points of linear chains of less than full rank: minima, saddles, unequal penalties and counts, biases, samples, losses."""
+    found = []
+    for name, K, L, d, code, share, options in [
+        ("minimum", 4, 2, 7, points.dnc(4), 0.1, {}),
+        ("saddle", 6, 3, 8, points.dnc(6), 0.9, {}),
+        ("pairs", 6, 4, 7, points.pairs(6), 0.1, {"lam_b": 0.1}),
+        ("free bias", 4, 2, 6, points.pairs(4), 0.1, {"lam_b": 0.0}),
+        ("tied", 5, 2, 7, points.relaxed_pairs(5), 0.1, {}),
+        ("blocks", 6, 2, 6, points.blocks([4, 2]), 0.97, {}),
+        ("plain saddle", 6, 1, 8, points.pairs(6), 0.3, {}),
+        ("plain minimum", 5, 1, 6, points.dnc(5), 0.3, {"lam_b": 0.2}),
+        ("zero", 4, 3, 5, points.zero(4), 0.1, {}),
+        ("full rank", 4, 2, 3, points.dnc(4), 0.1, {}),
+        ("plain zero", 4, 1, 5, points.zero(4), 0.1, {}),
+    ]:
+        lam = share * (0.1 if "zero" in name else points.largest(code, L) if name != "tied" else 0.1)
+        tilt = 10.0 ** np.linspace(-0.4, 0.4, L + 1)
+        lam_w, lam_h = lam * tilt[:-1], lam * tilt[-1] / 3
+        at = deep.balanced_factors(points.at(code, lam, L).M, 3, lam_h, lam_w, d, np.random.default_rng(1))
+        problem = ufm.Problem([3] * K, width=d, depth=L, features="free", lam_w=lam_w[None], lam_h=lam_h, **options)
+        found.append((name, problem, [f[None] for f in at] + ([np.zeros((1, K, 1))] if options else [])))
+    for name, counts, loss in [
+        ("unequal", [7, 3, 2, 1], ufm.CrossEntropy()),
+        ("weighted", [3, 2, 2], ufm.CrossEntropy(0.05)),
+        ("mse", [5, 2, 1], ufm.MSE()),
+    ]:
+        problem = ufm.Problem(counts, width=6, depth=2, features="free", loss=loss, lam_w=[[4e-3, 9e-3]], lam_h=2e-3)
+        found.append((name, problem, list(ufm.solve(problem, method="lbfgs", tol=1e-12, seed=2).factors)))
+    name, problem, (H, *rest) = found[0]
+    return [*found, ("samples", replace(problem, columns="samples"), [np.repeat(H, 3, axis=2), *rest])]
+
+
+@over(("name", "problem", "factors"), rank_points(), ids=[n for n, *_ in rank_points()])
+def test_reduced_is_dense(name: str, problem: ufm.Problem, factors: Any) -> None:
+    """Every eigenvalue with its copies, all counts, sums and the verdict, from the dense matrix at full width; auto takes it."""
+    got, whole = hessian(problem, factors), hessian(problem, factors, method="dense")
+    assert (got.method[0], whole.method[0]) == ("reduced", "dense")
+    close = 1e-12 if name in ("unequal", "weighted", "mse") else 1e-14
+    assert got.eigenvalues[0] == pytest.approx(whole.eigenvalues[0], abs=close * whole.scale[0])
+    for field in ("negative", "zero", "positive", "at_least", "coordinates", "orbit", "weakly_held", "is_minimum", "reason"):
+        assert getattr(got, field)[0] == getattr(whole, field)[0], field
+    for field in ("scale", "trace", "frobenius"):
+        assert getattr(got, field)[0] == pytest.approx(getattr(whole, field)[0], rel=1e-11)
+    assert whole.trace[0] == pytest.approx(whole.eigenvalues[0].sum(), rel=1e-12)
+    assert whole.frobenius[0] == pytest.approx(np.linalg.norm(whole.eigenvalues[0]), rel=1e-12)
+    assert got.residual[0] < 1e-11
+    assert got.null_is_orbit[0] == whole.null_is_orbit[0]
+    assert name not in ("saddle", "plain saddle", "plain zero") or got.negative[0] > 0
+    assert name not in ("minimum", "pairs", "plain minimum", "unequal") or got.is_minimum[0] == 1
+
+
+def test_a_deep_chain_is_as_unstable_as_its_core() -> None:
+    """L >= 2: width beyond the rank adds no negative eigenvalue; L = 1: d - r of them for each slope above sqrt(lam_h lam_w)."""
+    for L, code, lam in [(2, points.dnc(6), 0.12), (3, points.blocks([4, 2]), 0.07), (1, points.pairs(4), 0.05)]:
+        M = points.at(code, lam, L).M
+        K, r = code.classes, int(points.at(code, lam, L).rank)
+        index = [hessian(linear(K, L, d, lam), balanced_factors(M, d, L)).negative[0] for d in (r, r + 1, r + 5, 300)]
+        steps = np.diff(index)
+        slopes = np.linalg.svd(ufm.objective.objective(linear(K, L, K, lam)).slope(balanced_factors(M, K, L))[0] / K, compute_uv=False)
+        added = np.sum(slopes > lam * (1 + 1e-9)) if L == 1 else 0
+        assert steps.tolist() == [added, 4 * added, (295 - r) * added]
+        assert index[0] + (L == 1) > 0
+
+
+def test_wide_chains_list_the_lowest() -> None:
+    """K = 10, L = 2, d = 400: 168 000 coordinates counted exactly, the 1500 lowest eigenvalues listed, the sums of all."""
+    lam, M = dnc(10, 2, 4.0)
+    got = hessian(linear(10, 2, 400, lam), balanced_factors(M, 400, 2))
+    known = known_spectrum(10, 2, 400, 4.0) * lam
+    assert got.eigenvalues[0] == pytest.approx(known[:1500], abs=1e-13 * known[-1])
+    assert (got.negative[0], got.zero[0]) == (0, orbit_dimension(9, 400, 2))
+    assert got.positive[0] + got.zero[0] == got.coordinates[0] == len(known)
+    assert got.trace[0] == pytest.approx(known.sum(), rel=1e-12)
+    assert got.frobenius[0] == pytest.approx(np.linalg.norm(known), rel=1e-12)
+    assert got.is_minimum[0] == 1
+
+
+@over("code", [points.pairs(8), points.blocks([6, 2])], ids=["pairs", "blocks"])
+def test_a_large_core_goes_through_lanczos(code: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no room for a dense core the lowest eigenvalues at width r and all others give the same counts and verdict."""
+    for share in (0.1, 0.99):
+        lam = share * points.largest(code, 3)
+        problem, factors = linear(8, 3, 10, lam), balanced_factors(points.at(code, lam, 3).M, 10, 3)
+        whole = hessian(problem, factors)
+        with monkeypatch.context() as patch:
+            patch.setattr("ufm.landscape.reduction.CORE", 10)
+            some = hessian(problem, factors, method="reduced")
+        for name in ("negative", "zero", "positive", "orbit", "is_minimum", "reason"):
+            assert getattr(some, name)[0] == getattr(whole, name)[0], name
+        listed = some.eigenvalues[0]
+        assert len(listed) >= whole.zero[0] + whole.negative[0]
+        assert listed == pytest.approx(whole.eigenvalues[0, : len(listed)], abs=1e-11 * whole.scale[0])
+        assert np.isnan(some.trace[0])
+        assert whole.negative[0] > 0 or share < 0.5
+
+
+def test_where_the_reduction_does_not_hold() -> None:
+    """Not stationary, or more than a clear rank: NaN and a reason from "reduced", another method from "auto"."""
+    problem = linear(4, 2, 7, 0.01)
+    random, tiny = catalog.factors(problem), [1e-20 * f for f in catalog.factors(problem)]
+    for factors, says in ((random, "not stationary"), (tiny, "do not share one clear rank")):
+        got = hessian(problem, factors, method="reduced")
+        assert np.isnan([got.negative[0], got.zero[0], got.positive[0], got.scale[0], got.trace[0]]).all()
+        assert got.eigenvalues.shape == (1, 0)
+        assert says in got.reason[0]
+        assert hessian(problem, factors).method[0] == "dense"
+
+
+def test_an_end_point_s_rank_is_taken_as_clear() -> None:
+    """Solved to 1e-7 only: the residual says how far the point of clear rank is, and the counts are those of the solution to 1e-12."""
+    problem = linear(6, 2, 9, 0.01)
+    rough = hessian(problem, ufm.solve(problem, method="lbfgs", runs=4, seed=3, tol=1e-7).factors)
+    fine = hessian(problem, ufm.solve(problem, method="lbfgs", runs=4, seed=3, tol=1e-12).factors)
+    assert np.all(rough.method == "reduced")
+    assert np.all((rough.residual > fine.residual) & (rough.residual < 1e-6))
+    for name in ("negative", "zero", "positive", "is_minimum"):
+        assert np.array_equal(getattr(rough, name), getattr(fine, name))
+
+
 # --- by other means ------------------------------------------------------------------------------------------------------------------
 
 
@@ -352,7 +477,9 @@ def test_lanczos_is_dense(name: str, problem: ufm.Problem, factors: Any, counted
     assert name == "random" or whole.gradient_norm[0] < 1e-13
     some = hessian(problem, factors, method="lanczos", lowest=8)
     listed = some.eigenvalues[0]
-    assert (some.method, whole.method) == ("lanczos", "dense")
+    assert (some.method[0], whole.method[0]) == ("lanczos", "dense")
+    for name in ("trace", "frobenius"):
+        assert np.isnan(getattr(some, name)[0]) or getattr(some, name)[0] == pytest.approx(getattr(whole, name)[0], rel=1e-12)
     assert len(listed) >= whole.negative[0]
     assert listed == pytest.approx(whole.eigenvalues[0, : len(listed)], abs=1e-12 * whole.scale[0])
     assert some.negative[0] == whole.negative[0] == some.at_least[0]
@@ -393,14 +520,16 @@ def test_an_unfinished_lanczos_run_claims_no_count(name: str, longest: int, monk
 
 
 def test_lanczos_is_the_same_each_time() -> None:
-    """Equal seeds give equal bits; auto takes Lanczos for large problems and dense matrices for small ones."""
+    """Equal seeds give equal bits; auto takes Lanczos for large problems and dense matrices for small ones, where no reduction is known."""
     lam, M = dnc(4, 2, 3.0)
     problem, factors = linear(4, 2, 38, lam), balanced_factors(M, 38, 2)
-    first, second = (hessian(problem, factors, lowest=4) for _ in range(2))
-    assert first.method == "lanczos"
+    first, second = (hessian(problem, factors, lowest=4, method="lanczos") for _ in range(2))
+    assert first.method[0] == "lanczos"
+    moved = [1.01 * f for f in factors]
+    assert hessian(problem, moved, lowest=4).method[0] == "lanczos"
     assert first.negative[0] == 0
     assert np.array_equal(first.eigenvalues, second.eigenvalues)
-    assert hessian(linear(3, 1, 3, 0.01), catalog.factors(linear(3, 1, 3, 0.01))).method == "dense"
+    assert hessian(linear(3, 1, 3, 0.01), catalog.factors(linear(3, 1, 3, 0.01))).method[0] == "dense"
 
 
 PAIRED = [(n, p) for n, p in PROBLEMS if p.cells == 2 and p.loss.name != "autograd"]
@@ -439,12 +568,14 @@ def test_torch_tensors_and_files(tmp_path: Path) -> None:
 
 SMALL = ufm.Problem([1, 1], width=2, features="free", lam_w=0.1, lam_h=0.1)
 POINT = catalog.factors(SMALL)
+RELU = ufm.Problem([1, 1], width=2, depth=2, features="free", activation="relu", lam_w=0.1, lam_h=0.1)
 
 
 @over(
     ("call", "says"),
     [
-        (lambda: hessian(SMALL, POINT, method="svd"), "hessian: method is 'svd', but must be one of"),
+        (lambda: hessian(SMALL, POINT, method="svd"), "hessian: method is 'svd', but must be one of 'auto', 'reduced'"),
+        (lambda: hessian(RELU, catalog.factors(RELU), method="reduced"), "hessian: method='reduced' needs a linear chain"),
         (lambda: hessian(SMALL, POINT, lowest=0), "hessian: lowest is 0, but must be a whole number"),
         (lambda: hessian(SMALL, POINT, zero=0.5), "hessian: zero is 0.5, but must be a share"),
         (lambda: hessian(SMALL, POINT[:1]), "hessian: the factors have shapes"),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import stat
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
 
-from ufm.records import Certificate, Prediction, Regime, Saved, Solution, Stop, Trajectory
+from ufm.records import Certificate, EndPoint, Prediction, Regime, Saved, Solution, Stop, Trajectory
 
 B, G, K, COLS = 2, 2, 3, 4
 RNG = np.random.default_rng(0)
@@ -75,6 +75,25 @@ def trajectory() -> Trajectory:
     )
 
 
+def end_point() -> EndPoint:
+    return EndPoint(
+        kind=np.array(["dnc", "other"]),
+        name=np.array(["DNC", "other, rank 2"]),
+        rank=np.array([2, 2]),
+        rank_gap=np.array([np.inf, 1e15]),
+        singular_values=RNG.random((B, K)),
+        value=RNG.random(B),
+        level=np.array([0.5, np.nan]),
+        excess=np.array([-1e-16, np.nan]),
+        gradient_norm=np.array([0.0, 1e-9]),
+        polished=np.array([True, False]),
+        negative=np.array([0.0, np.nan]),
+        zero=np.array([7.0, np.nan]),
+        is_minimum=np.array([1.0, np.nan]),
+        reason=np.array(["logits and value of the closed form; λ ≤ λ_c", ""]),
+    )
+
+
 def bare_trajectory() -> Trajectory:
     return replace(trajectory(), probes={})
 
@@ -83,7 +102,6 @@ def bare_trajectory() -> Trajectory:
 class Odd(Saved):
     """A record with every kind of field a record may have."""
 
-    kind: ClassVar[str] = "Odd"
     number: float
     whole: int
     flag: bool
@@ -112,7 +130,7 @@ def odd() -> Odd:
     )
 
 
-RECORDS = [prediction, certificate, solution, trajectory, bare_trajectory, odd]
+RECORDS = [prediction, certificate, solution, trajectory, bare_trajectory, end_point, odd]
 
 
 def same(a: Any, b: Any) -> bool:

@@ -6,6 +6,7 @@
     ufm.simulate(problem, rule)     descent from random starts, metrics on the way                     -> Trajectory
     ufm.certify(problem, factors)   what any point is worth                                            -> Certificate
     ufm.hessian(problem, factors)   the curvature there: eigenvalues, index, minimum or saddle         -> Spectrum
+    ufm.classify(problem, factors)  which known structure a run ended at                               -> EndPoint
 
 Glossary: K classes of n_k samples, N in all; d the feature width; L the number of weight matrices after the free features; factors
 (H, W_1, ..., W_L[, b]), arrays (B, rows, cols) with columns = class means or samples; a problem is a grid of G cells of equal sizes, and
@@ -19,10 +20,10 @@ Importing ufm loads numpy and the array-API shim only.
 from ufm import counts, frames, losses, metrics, rules, starts, sweep
 from ufm.certificate import certify
 from ufm.dynamics import simulate
-from ufm.landscape import Spectrum, hessian
+from ufm.landscape import Spectrum, classify, hessian
 from ufm.losses import MSE, CrossEntropy, Focal
 from ufm.problem import PAPERS, Problem
-from ufm.records import Certificate, NoTheory, Prediction, Regime, Solution, Stop, Trajectory
+from ufm.records import Certificate, EndPoint, NoTheory, Prediction, Regime, Solution, Stop, Trajectory
 from ufm.solvers import solve
 from ufm.theory import predict
 
@@ -33,6 +34,7 @@ __all__ = [
     "PAPERS",
     "Certificate",
     "CrossEntropy",
+    "EndPoint",
     "Focal",
     "NoTheory",
     "Prediction",
@@ -43,6 +45,7 @@ __all__ = [
     "Stop",
     "Trajectory",
     "certify",
+    "classify",
     "counts",
     "frames",
     "hessian",

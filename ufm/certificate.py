@@ -47,7 +47,7 @@ def certify(problem: Problem, factors: Sequence[Array]) -> Certificate:
 
     ValueError where the factors do not fit the problem. A point that cannot be proven has gap and lower NaN, and says why in `bound`.
     """
-    rows, points = per_run(problem, factors)
+    rows, points = per_run("certify", problem, factors)
     value = objective(rows).value(points)
     frame = balanced(rows)
     norms = frame.scale_free_norm(frame.from_factors(points))
@@ -56,26 +56,26 @@ def certify(problem: Problem, factors: Sequence[Array]) -> Certificate:
     return Certificate(value, dual.lower, relative_gap(value, dual.lower), norms, dual.rho, dual.bound, regime, collapsed)
 
 
-def per_run(problem: Problem, factors: Sequence[Array]) -> tuple[Problem, tuple[Floats, ...]]:
-    """The problem with one cell per run, and the factors in numpy; the door of every call that takes factors."""
+def per_run(call: str, problem: Problem, factors: Sequence[Array]) -> tuple[Problem, tuple[Floats, ...]]:
+    """The problem with one cell per run, and the factors in numpy; the door of every call that takes factors, named in its errors."""
     if not isinstance(problem, Problem):
-        raise TypeError(f"certify: problem is {problem!r}, but must be a ufm.Problem")
+        raise TypeError(f"{call}: problem is {problem!r}, but must be a ufm.Problem")
     try:
         points = tuple(np.asarray(to_numpy(f), dtype=np.float64) for f in factors)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"certify: factors is {factors!r:.60}, but must be the arrays (H, W_1, ..., W_L[, b])") from error
+        raise TypeError(f"{call}: factors is {factors!r:.60}, but must be the arrays (H, W_1, ..., W_L[, b])") from error
     chain = objective(problem.pick([0])).chain
     shapes = chain.shapes(problem.width, problem.classes, problem.labels.shape[1])
     got = [p.shape for p in points]
     if len(points) != len(shapes) or any(len(g) != 3 or g[1:] != s or g[0] != got[0][0] for g, s in zip(got, shapes, strict=False)):
-        raise ValueError(f"certify: the factors have shapes {got}, but the problem needs {[('B', *s) for s in shapes]}, the same B for all")
+        raise ValueError(f"{call}: the factors have shapes {got}, but the problem needs {[('B', *s) for s in shapes]}, the same B for all")
     batch = got[0][0]
     if batch == 0 or batch % problem.cells:
-        raise ValueError(f"certify: the factors hold {batch} runs, but the problem {problem.cells} cells; give as many runs for each")
+        raise ValueError(f"{call}: the factors hold {batch} runs, but the problem {problem.cells} cells; give as many runs for each")
     if not all(np.all(np.isfinite(p)) for p in points):
-        raise ValueError("certify: the factors hold NaN or infinity; only finite points can be certified")
+        raise ValueError(f"{call}: the factors hold NaN or infinity; give finite points")
     if problem.features == "relu" and np.any(points[0] < 0):
-        raise ValueError("certify: the features hold negative entries, but features='relu' asks for H >= 0")
+        raise ValueError(f"{call}: the features hold negative entries, but features='relu' asks for H >= 0")
     return problem.pick(np.repeat(np.arange(problem.cells), batch // problem.cells)), points
 
 

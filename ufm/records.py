@@ -7,7 +7,7 @@ import uuid
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,11 +46,9 @@ class Stop(Enum):
 class Saved:
     """Saving to and loading from one npz file: arrays, tuples and dicts of arrays, enumerations and None; never pickles."""
 
-    kind: ClassVar[str]
-
     def save(self, path: str | Path) -> None:
         """Write the record to `path` (npz); the file appears whole or not at all."""
-        flat: dict[str, Any] = {"ufm_record": np.asarray(self.kind)}
+        flat: dict[str, Any] = {"ufm_record": np.asarray(type(self).__name__)}
         for f in fields(self):  # type: ignore[arg-type]
             flat.update(_flatten(f.name, getattr(self, f.name)))
         path = Path(path)
@@ -73,8 +71,8 @@ class Saved:
             raise
         except Exception as error:
             raise ValueError(f"{cls.__name__}.load: {path} is not a readable npz file ({error}); give a file written by save") from error
-        if str(flat.get("ufm_record")) != cls.kind:
-            raise ValueError(f"{cls.__name__}.load: {path} does not hold a {cls.kind}; give a file written by {cls.__name__}.save")
+        if str(flat.get("ufm_record")) != cls.__name__:
+            raise ValueError(f"{cls.__name__}.load: {path} does not hold a {cls.__name__}; give a file written by {cls.__name__}.save")
         try:
             return cls(**{f.name: _unflatten(f.name, flat) for f in fields(cls)})  # type: ignore[arg-type]
         except KeyError as error:
@@ -124,7 +122,6 @@ class Prediction(Saved):
     source (G,): the theorem, or why there is none.
     """
 
-    kind: ClassVar[str] = "Prediction"
     value: Floats
     regime: tuple[Regime, ...]
     distance: Floats
@@ -146,7 +143,6 @@ class Certificate(Saved):
     bound where `bound` is not exact; bound (B,): how rho was bounded; regime (B,) of the point; collapsed (B, K) bool.
     """
 
-    kind: ClassVar[str] = "Certificate"
     value: Floats
     lower: Floats
     gap: Floats
@@ -165,7 +161,6 @@ class Solution(Saved):
     (H, W_1, ..., W_L[, b]) with the runs first; steps counts evaluations of the gradient.
     """
 
-    kind: ClassVar[str] = "Solution"
     value: Floats
     gap: Floats
     gradient_norm: Floats
@@ -188,7 +183,6 @@ class Trajectory(Saved):
     (B, K, cols) where each run ended.
     """
 
-    kind: ClassVar[str] = "Trajectory"
     step: NDArray[np.int64]
     value: Floats
     gradient_norm: Floats
@@ -204,3 +198,30 @@ class Trajectory(Saved):
         records = self.probes[name] if name in self.probes else getattr(self, name)
         at = np.searchsorted(self.step, self.steps)
         return np.asarray(records[np.arange(len(self.steps)), at])
+
+
+@dataclass(frozen=True, eq=False)
+class EndPoint(Saved):
+    """What `classify` finds a point to be, per run.
+
+    kind (B,): "zero", "dnc", "blocks", "code", "graph" or "other"; name (B,): "DNC", "blocks 2+8", "5 pairs", "T(5)", "other, rank 4",
+    "unconverged", "diverged", ... singular_values (B, K) of the class logits; rank (B,): those above 1e-3 of the largest; rank_gap (B,):
+    the last of them over the next. value (B,); level (B,): closed-form value of the structure named, NaN without one; excess (B,) =
+    (value - level)/level. gradient_norm (B,), scale-free; polished (B,) bool: the point was moved first, and all is that of the moved one.
+    negative, zero (B,): Hessian eigenvalues, is_minimum (B,): 1 or 0; all NaN where unknown or not asked for. reason (B,).
+    """
+
+    kind: NDArray[np.str_]
+    name: NDArray[np.str_]
+    rank: NDArray[np.int64]
+    rank_gap: Floats
+    singular_values: Floats
+    value: Floats
+    level: Floats
+    excess: Floats
+    gradient_norm: Floats
+    polished: NDArray[np.bool_]
+    negative: Floats
+    zero: Floats
+    is_minimum: Floats
+    reason: NDArray[np.str_]

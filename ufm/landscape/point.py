@@ -35,13 +35,28 @@ class Point(NamedTuple):
 
 
 class Part(NamedTuple):
-    """The eigenvalues found of one run, before they are counted; those up to `beyond`, the lowest not found, are the lowest of all."""
+    """The eigenvalues found of one run, before they are counted; those up to `beyond`, the lowest not found, are the lowest of all.
+
+    copies: how often each of them comes, once by default.
+    """
 
     found: Floats
     scale: float
     asymmetry: float
     residual: float = np.nan
     beyond: float = np.inf
+    copies: NDArray[np.int64] | None = None
+
+    def number(self, which: Mask) -> float:
+        """How many eigenvalues there are among those of `which`, copies and all."""
+        return float(np.sum(which if self.copies is None else which * self.copies))
+
+    def sums(self) -> tuple[float, float]:
+        """(sum, root of the sum of squares) of all eigenvalues; NaN where not all are found."""
+        if not np.isposinf(self.beyond):
+            return np.nan, np.nan
+        copies = 1 if self.copies is None else self.copies
+        return float(np.sum(copies * self.found)), float(np.sqrt(np.sum(copies * self.found**2)))
 
 
 def point_of(rows: Problem, points: Sequence[Floats]) -> Point:
