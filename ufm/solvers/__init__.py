@@ -19,6 +19,7 @@ from ufm.solvers.convex import convex
 from ufm.solvers.lbfgs import LBFGS, minimise
 from ufm.solvers.outcome import Outcome
 from ufm.solvers.robust import robust
+from ufm.solvers.search import multistart
 from ufm.starts import BalancedNormal, Given, Start, first_factors, seeds
 
 Floats = NDArray[np.float64]
@@ -29,7 +30,7 @@ def solve(
     *,
     runs: int = 1,
     seed: int | Sequence[int] = 0,
-    method: Literal["robust", "lbfgs", "convex"] = "robust",
+    method: Literal["robust", "lbfgs", "convex", "multistart"] = "robust",
     start: Start | Given | None = None,
     tol: float = 1e-9,
     max_steps: int | None = None,
@@ -40,15 +41,18 @@ def solve(
 
     method: "robust" (solve, merge, certify, seed, repeat until the proven relative gap is at most tol), "lbfgs" (one local solve to the
     scale-free gradient norm tol), "convex" (proximal gradient on the logits, L = 1: nuclear norm, or with ReLU the group lasso of the
-    separable case). start: starts.balanced(1.0) by default; run r of cell g draws from the seed (seed, r), or (seed[g], r) where seed is
-    a sequence. max_steps bounds the gradient evaluations of a run. progress(done) is called after each block with the number of runs
-    that ended. One BLAS thread is used below width 512. Returns a Solution of B = G * runs runs, cell-major. Raises ValueError on bad
-    options.
+    separable case), "multistart" (deep linear chains: the `runs` lowest distinct local minima of a cell, from as many random starts at
+    every rank; see `search.local_minima`). start: starts.balanced(1.0) by default; run r of cell g draws from the seed (seed, r), or
+    (seed[g], r) where seed is a sequence. max_steps bounds the gradient evaluations of a run ("multistart" has its own). progress(done)
+    is called after each block with the number of runs that ended. One BLAS thread is used below width 512. Returns a Solution of
+    B = G * runs runs, cell-major. Raises ValueError on bad options.
     """
     if not isinstance(problem, Problem):
         raise TypeError(f"solve: problem is {problem!r}, but must be a ufm.Problem")
-    if not isinstance(method, str) or method not in METHODS:
-        raise ValueError(f"solve: method is {method!r}, but must be one of {', '.join(map(repr, METHODS))}")
+    if not isinstance(method, str) or method not in (*METHODS, *SEARCHES):
+        raise ValueError(f"solve: method is {method!r}, but must be one of {', '.join(map(repr, (*METHODS, *SEARCHES)))}")
+    if method in SEARCHES and (start is not None or device != "numpy"):
+        raise ValueError(f"solve: method={method!r} makes its own starts and runs on device 'numpy'; leave out start and device")
     for name, value, least in (("runs", runs, 1), ("max_steps", 20_000 if max_steps is None else max_steps, 1)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
             raise ValueError(f"solve: {name} is {value!r}, but must be a whole number, at least {least}")
@@ -56,6 +60,12 @@ def solve(
         raise ValueError(f"solve: tol is {tol!r}, but must lie between 0 and 1")
     from threadpoolctl import threadpool_limits
 
+    if method in SEARCHES:
+        with threadpool_limits(1):
+            found = SEARCHES[method](problem, runs, seeds("solve", seed, problem.cells))
+            if progress is not None:
+                progress(len(found.x))
+            return _solution(problem.pick(np.repeat(np.arange(problem.cells), runs)), [found], device)
     chain = chain_of(problem)
     start = BalancedNormal() if start is None else start
     factors = first_factors(problem, start, runs, seeds("solve", seed, problem.cells), chain)
@@ -106,4 +116,5 @@ METHODS = {
     "lbfgs": _lbfgs,
     "convex": convex,
 }
-__all__ = ["METHODS", "solve"]
+SEARCHES = {"multistart": multistart}  # methods that search a whole cell, not run by run
+__all__ = ["METHODS", "SEARCHES", "solve"]
