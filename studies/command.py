@@ -86,6 +86,14 @@ class Options:
                 )
 
 
+def wilson(count: int, runs: int) -> tuple[float, float]:
+    """The 95 % Wilson interval of the share count/runs."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(count, runs).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
 def finish(out: Path, tables: Mapping[str, sweep.Table], summary: Mapping[str, Any], draw: Callable[[Path, Path], list[Path]]) -> int:
     """Export the tables as NAME.csv, .npz and .nc, draw the figures, say what came out; the exit status, 1 where points failed."""
     files = [

@@ -18,7 +18,7 @@ import numpy as np
 
 import ufm
 from studies.command import Options as Common
-from studies.command import finish
+from studies.command import finish, wilson
 from ufm import metrics, sweep
 from ufm.arrays import to_numpy
 from ufm.theory.boundaries import boundaries
@@ -221,8 +221,6 @@ def at_optimum(problem: ufm.Problem, found: ufm.Solution) -> list[dict[str, Any]
 
 def descent(problem: ufm.Problem, found: ufm.Solution, point: dict[str, Any], seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Where projected gradient descent with momentum ends, per cell: the share of seeds that killed a class which the optimum keeps."""
-    from scipy.stats import binomtest
-
     G, runs, d, K = problem.cells, point["descents"], problem.width, problem.classes
     # about the loss's largest curvature at a balanced start of scale `step_for`; heavy ball is stable up to 2 (1 + momentum) over that
     curvature = (np.sqrt(d) + np.sqrt(K)) ** 2 / np.sqrt(problem.samples * K) * point["step_for"] ** 2
@@ -248,12 +246,12 @@ def descent(problem: ufm.Problem, found: ufm.Solution, point: dict[str, Any], se
     rows = []
     for g in range(G):
         dead = int(killed[g].any(axis=1).sum())
-        interval = binomtest(dead, runs).proportion_ci(method="wilson")
+        low, high = wilson(dead, runs)
         rows.append(
             {
                 "killed": dead / runs,
-                "killed_low": interval.low,
-                "killed_high": interval.high,
+                "killed_low": low,
+                "killed_high": high,
                 "killed_classes": killed[g].sum(axis=1).mean(),
             }
             | {

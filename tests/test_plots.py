@@ -13,7 +13,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from ufm import plots
-from ufm.plots import REGIME_COLOURS, Boundary, Curve, Curves, Dots, PhaseMap, ShareMap, report, style
+from ufm.plots import REGIME_COLOURS, Bars, Boundary, Curve, Curves, Dots, Matrix, PhaseMap, ShareMap, report, style
 from ufm.plots.keys import merged
 from ufm.records import Regime
 
@@ -330,3 +330,150 @@ def test_the_look_does_not_depend_on_the_users_settings(tmp_path):
 def test_importing_plots_loads_no_drawing_library():
     check = "import sys, ufm.plots; print([m for m in ('matplotlib', 'plotly', 'scipy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+LOGITS = np.array([[2.0, -1.0, 0.0], [-1.0, 2.5, np.nan], [0.0, 0.5, 1.0]])
+COUNTS, UNSETTLED = [[3, 0], [1, 5]], [0, 5]
+
+
+def matrix(**changes):
+    return Matrix(**{"values": LOGITS, "title": "M", "labels": ("class", "logit"), "blocks": (2, 1), "bar": "logit"} | changes)
+
+
+def bars(**changes):
+    given = {"x": [10, "$2^{-3}$"], "counts": COUNTS, "names": ["a", "b"], "colours": ["#0072b2", "#e69f00"], "unsettled": UNSETTLED}
+    return Bars(**given | changes)
+
+
+def rectangles(container):
+    return [(r.get_x() + r.get_width() / 2, r.get_y(), r.get_height()) for r in container.patches]
+
+
+def test_a_matrix_is_drawn_with_its_first_row_on_top_and_centred_colours():
+    drawn = plots.draw_matrix(matrix())
+    array = np.ma.masked_array(drawn.cells.get_array()).reshape(3, 3)
+    np.testing.assert_array_equal(np.ma.getmaskarray(array), np.isnan(LOGITS))
+    np.testing.assert_array_equal(array.compressed(), LOGITS[np.isfinite(LOGITS)])
+    assert (drawn.cells.norm.vmin, drawn.cells.norm.vmax) == (-2.5, 2.5)
+    assert (drawn.axes.get_xlim(), drawn.axes.get_ylim()) == ((0.5, 3.5), (3.5, 0.5))
+    red, _, blue = drawn.cells.cmap(1.0)[:3]
+    assert red > 2 * blue, "large values are red"
+    np.testing.assert_allclose(drawn.cells.cmap(0.5)[:3], 0.97, atol=0.01)
+    segments = [segment.tolist() for segment in drawn.lines.get_segments()]
+    assert segments == [[[2.5, 3.5], [2.5, 0.5]], [[0.5, 2.5], [3.5, 2.5]]]
+
+
+def test_a_logarithmic_matrix_clips_zero_to_its_lowest_colour_and_says_so():
+    data = matrix(values=[[1.0, 1e-3, 0.0]], colours="log", limits=(1e-2, 1.0), blocks=())
+    np.testing.assert_array_equal(data.clipped, [[1.0, 1e-2, 1e-2]])
+    assert data.beyond == (True, False)
+    drawn = plots.draw_matrix(data)
+    assert (drawn.cells.norm(1.0), drawn.cells.norm(1e-2), drawn.cells.norm(0.1)) == (1.0, 0.0, pytest.approx(0.5))
+    assert matrix(values=[[1.0, 1e-3, 0.0]], colours="log", blocks=()).limits == (1e-3, 1.0)
+    assert drawn.lines is None
+
+
+def test_a_matrix_of_many_names_writes_some_of_them():
+    ticks = matrix(values=np.eye(25), blocks=()).ticks
+    assert ticks[0] == ticks[1] == {float(i): str(i) for i in range(1, 26, 3)}
+    named = matrix(names=("abc", ("$H$", "$W_1$", "$Z$")))
+    assert [text.get_text() for text in plots.draw_matrix(named).axes.get_yticklabels()] == ["$H$", "$W_1$", "$Z$"]
+    assert named.hover[1, 1] == "row $W_1$, column b: 2.5"
+
+
+def test_bars_stack_shares_from_the_bottom_and_hatch_the_unsettled():
+    drawn = plots.draw_bars(bars())
+    assert [rectangles(container) for container in drawn.bars] == [[(0, 0, 0.75), (1, 0, 0)], [(0, 0.75, 0.25), (1, 0, 0.5)]]
+    assert rectangles(drawn.hatched) == [(0, 1, 0), (1, 0.5, 0.5)]
+    assert drawn.hatched.patches[1].get_hatch()
+    assert [to_hex(container.patches[0].get_facecolor()) for container in drawn.bars] == ["#0072b2", "#e69f00"]
+    assert [text.get_text() for text in drawn.axes.get_xticklabels()] == ["10", "$2^{-3}$"]
+    assert drawn.axes.get_ylim() == (0, 1)
+
+
+def test_bars_name_what_occurs_only():
+    assert [(key.label, key.kind) for key in bars().keys] == [("a", "patch"), ("b", "patch"), ("not settled", "hatch")]
+    settled = bars(counts=[[3, 4], [0, 0]], unsettled=None)
+    assert [key.label for key in settled.keys] == ["a"]
+    assert plots.draw_bars(settled).hatched is None
+    assert len(plots.draw_bars(settled).bars) == 1
+
+
+def test_bars_tell_counts_and_wilson_s_intervals():
+    from scipy.stats import binomtest
+
+    hover = bars().hover
+    assert hover.shape == (3, 2)
+    for i, j, count, total in ((0, 0, 3, 4), (1, 1, 5, 10), (2, 1, 5, 10), (0, 1, 0, 10)):
+        interval = binomtest(count, total).proportion_ci(method="wilson")
+        assert hover[i, j].endswith(f"{count} of {total} runs, share {count / total:.3f} ({interval.low:.3f} to {interval.high:.3f})")
+    assert hover[2, 0].startswith("not settled: 0 of 4")
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "message"),
+    [
+        (matrix, {"values": LOGITS[0]}, r"values have shape \(3,\)"),
+        (matrix, {"values": LOGITS * np.nan}, "give a matrix with finite numbers"),
+        (matrix, {"colours": "log"}, "needs values >= 0"),
+        (matrix, {"blocks": (2, 2)}, "blocks add up to 4"),
+        (matrix, {"names": ("ab", ())}, "2 and 3 names of columns and rows"),
+        (matrix, {"hover": [["a"]]}, r"hover has shape \(1, 1\)"),
+        (matrix, {"limits": (1, -1)}, "must rise"),
+        (matrix, {"values": abs(LOGITS), "colours": "log", "limits": (0, 1)}, "above 0 on a logarithmic scale"),
+        (bars, {"counts": np.transpose(COUNTS)[:1]}, "give counts"),
+        (bars, {"unsettled": [1]}, r"unsettled \(1,\)"),
+        (bars, {"colours": ["#000000"]}, "1 colours"),
+        (bars, {"counts": [[0.5, 0], [1, 5]]}, "whole numbers"),
+        (bars, {"counts": [[0, 0], [0, 5]]}, "a run or more at every point"),
+    ],
+)
+def test_wrong_matrices_and_bars_are_refused(make, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
+
+
+def test_a_page_shows_the_same_matrix():
+    heat, *lines = traces(matrix())[:3]
+    np.testing.assert_allclose(numbers(heat["z"]), LOGITS, rtol=1e-6)
+    assert (heat["zmin"], heat["zmax"], heat["showscale"]) == (-2.5, 2.5, True)
+    assert heat["colorbar"]["title"]["text"] == "logit"
+    assert heat["hovertext"][0][1] == "row 1, column 2: -1"
+    np.testing.assert_array_equal(numbers(lines[0]["x"]), [2.5, 2.5, np.nan, 0.5, 3.5])
+    log = traces(matrix(values=[[1.0, 1e-3, 0.0]], colours="log", limits=(1e-2, 1.0), blocks=(), bar=""))[0]
+    np.testing.assert_allclose(numbers(log["z"]), [[0, -2, -2]])
+    assert log["showscale"] is False
+    layout = report.figure([[matrix()]]).to_dict()["layout"]
+    assert (layout["yaxis"]["range"], list(layout["yaxis"]["ticktext"])) == ([3.5, 0.5], ["1", "2", "3"])
+
+
+def test_a_page_shows_the_same_bars():
+    drawn = [t for t in traces(bars()) if t["type"] == "bar"]
+    np.testing.assert_allclose([numbers(t["y"]) for t in drawn], [[0.75, 0], [0.25, 0.5], [0, 0.5]])
+    assert [t["marker"]["color"] for t in drawn] == ["#0072b2", "#e69f00", "white"]
+    assert drawn[2]["marker"]["pattern"]["shape"] == "/"
+    assert drawn[1]["hovertext"][1] == bars().hover[1, 1]
+    layout = report.figure([[bars()]]).to_dict()["layout"]
+    assert (layout["barmode"], list(layout["xaxis"]["ticktext"])) == ("stack", ["10", "2<sup>−3</sup>"])
+
+
+def test_lines_without_markers_have_none_in_either_kind_of_figure():
+    level = curve("level", marker="", dash=(4, 2), low=[0.2, 0.5, 1], high=[0.2, 0.5, 1])
+    drawn = plots.draw_curves(Curves([level]))
+    assert not drawn.markers
+    assert drawn.lines[0].get_linestyle() == "--"
+    assert [key.label for key in Curves([level]).keys] == ["level"], "no point of it can be hollow"
+    line, *_ = traces(Curves([level]))
+    assert (line["mode"], line["line"]["dash"]) == ("lines", "5.6px,2.8px")
+
+
+def test_ordered_colours_go_from_dark_to_light():
+    from matplotlib.colors import to_rgb
+
+    lightness = [np.dot((0.2126, 0.7152, 0.0722), to_rgb(colour)) for colour in style.ordered(6)]
+    assert np.all(np.diff(lightness) > 0.02)
+
+
+def test_an_axis_of_very_many_decades_has_few_ticks():
+    ticks = plots.share_map(share(x=np.geomspace(1e-28, 1, 5))).axes.get_xticks()
+    assert 3 <= np.sum((ticks > 1e-29) & (ticks < 10)) <= 7

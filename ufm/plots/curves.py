@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """Points x, y (P,), x rising, with the interval [low, high] of each; trusted (P,) bool, all by default; hover (P,) text or None."""
+    """Points x, y (P,), x rising, with the interval [low, high] of each; trusted (P,) bool, all by default; hover (P,) text or None.
+
+    marker "" draws the line alone, as for a level or a path of many points; dash: lengths of strokes and gaps in widths of the line.
+    """
 
     x: Any
     y: Any
@@ -30,6 +33,8 @@ class Curve:
     marker: str = "o"
     trusted: Any = None
     hover: Any = None
+    width: float = 1.0
+    dash: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("x", "y", "low", "high"):
@@ -69,13 +74,17 @@ class Curves:
     @property
     def keys(self) -> list[Key]:
         """The legend: a curve each where there are several, hollow markers where there are any."""
-        names = [Key(c.label, colours=(c.colour,), kind="curve", marker=c.marker) for c in self.curves if c.label]
-        hollow = [] if all(c.trusted.all() for c in self.curves) else [Key(self.hollow, colours=("#FFFFFF",), kind="dot")]
+        names = [
+            Key(c.label, colours=(c.colour,), kind="curve", marker=c.marker, width=1.2 * c.width, dash=c.dash)
+            for c in self.curves
+            if c.label
+        ]
+        hollow = [] if all(c.trusted.all() for c in self.curves if c.marker) else [Key(self.hollow, colours=("#FFFFFF",), kind="dot")]
         return [*names, *hollow]
 
 
 class Drawn(NamedTuple):
-    """The artists of a panel of curves, one of each a curve."""
+    """The artists of a panel of curves, one of each a curve; markers of those that have some."""
 
     axes: Axes
     bands: list[FillBetweenPolyCollection]
@@ -94,8 +103,11 @@ def draw_curves(data: Curves, axes: Axes | None = None) -> Drawn:
     bands, lines, markers = [], [], []
     for c, size in zip(data.curves, sizes(data), strict=True):
         bands.append(axes.fill_between(c.x, c.low, c.high, color=c.colour, alpha=BAND, linewidth=0))
-        axes.plot(c.x, c.low, c.x, c.high, color=c.colour, linewidth=0.4, alpha=0.5)
-        lines += axes.plot(c.x, c.y, color=c.colour, linewidth=1.0)
+        if not np.array_equal(c.low, c.high):
+            axes.plot(c.x, c.low, c.x, c.high, color=c.colour, linewidth=0.4, alpha=0.5)
+        lines += axes.plot(c.x, c.y, color=c.colour, linewidth=c.width, linestyle=(0, c.dash) if c.dash else "-")
+        if not c.marker:
+            continue
         faces = [c.colour if trusted else "white" for trusted in c.trusted]
         look: dict[str, Any] = {"s": size**2, "marker": c.marker, "edgecolors": c.colour, "linewidths": 0.7}
         markers.append(axes.scatter(c.x, c.y, facecolors=faces, zorder=3, clip_on=False, **look))

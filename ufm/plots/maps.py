@@ -124,6 +124,7 @@ class Drawn(NamedTuple):
     dots: Line2D | None
 
 
+MANY_DECADES = 1e9  # ends of a logarithmic axis from which on not every decade has a tick
 RIM = 0.6  # points of white on both sides of a line with a halo
 
 
@@ -143,6 +144,7 @@ def draw(data: CellMap, axes: Axes, values: Any, colours: dict[str, Any], hatche
     dots = axes.plot(data.dots.x, data.dots.y, linestyle="none", zorder=3, **style.DOT)[0] if data.dots else None
     axes.set_xlim(x[0], x[-1])
     axes.set_ylim(y[0], y[-1])
+    thin(axes, data.log)
     axes.set_title(data.title, loc="left")
     axes.set_xlabel(data.labels[0])
     axes.set_ylabel(data.labels[1])
@@ -159,6 +161,17 @@ def scale(axes: Axes, log: tuple[bool, bool]) -> None:
         if is_log:
             axis.set_major_locator(LogLocator(numticks=12))
             axis.set_minor_locator(LogLocator(subs=range(2, 10), numticks=12))
+
+
+def thin(axes: Axes, log: tuple[bool, bool]) -> None:
+    """Fewer ticks on a logarithmic axis of very many decades, whose numbers would run into each other."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    for axis, is_log in zip((axes.xaxis, axes.yaxis), log, strict=True):
+        low, high = axis.get_view_interval()
+        if is_log and high > MANY_DECADES * low:
+            axis.set_major_locator(LogLocator(numticks=6))
+            axis.set_minor_locator(NullLocator())
 
 
 def corners(x: Floats, y: Floats, where: Mask) -> Floats:

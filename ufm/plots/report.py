@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ufm.plots import maps, phase, share, style
+from ufm.plots.bars import WIDTH, Bars
 from ufm.plots.curves import BAND, Curves, sizes
 from ufm.plots.keys import Key, merged
+from ufm.plots.matrix import PALETTES, Matrix
 from ufm.plots.phase import PhaseMap
 from ufm.plots.share import ShareMap
 from ufm.sweep.store import write_whole
@@ -20,8 +22,9 @@ from ufm.sweep.store import write_whole
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-Panel = PhaseMap | ShareMap | Curves
+Panel = PhaseMap | ShareMap | Curves | Matrix | Bars
 MARKERS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down"}
+MINOR = {"ticks": "outside", "ticklen": 3}
 PX = 1.4  # pixels of the page a point of the still figure
 
 PAGE = """<!DOCTYPE html>
@@ -89,13 +92,20 @@ def figure(rows: Sequence[Sequence[Panel | None]], height: int = 380) -> Figure:
             own = place.plotly_name.replace("axis", "")
             first = axes.setdefault((way, settings["type"], tuple(settings["range"])), own)
             place.update(settings, **({} if first == own else {"matches": first}))
+    for (r, c), panel in places.items():
+        if isinstance(panel, Matrix) and panel.bar:
+            bar = _bar(panel, *(axis.domain for axis in drawn.get_subplot(r, c)))
+            drawn.update_traces(showscale=True, colorbar=bar, selector={"type": "heatmap"}, row=r, col=c)
+    last_bar = any(isinstance(panel, Matrix) and panel.bar for (_, c), panel in places.items() if c == columns)
     for trace in _legend(merged(places.values())):
         drawn.add_trace(trace)
     drawn.update_layout(
         template="none",
         height=height * len(rows) + 90,
         margin={"l": 70, "r": 20, "t": 60, "b": 60},
-        legend={"x": 1.01, "y": 1, "yanchor": "top", "font": {"size": 12}},
+        legend={"x": 1.08 if last_bar else 1.01, "y": 1, "yanchor": "top", "font": {"size": 12}},
+        barmode="stack",
+        bargap=1 - WIDTH,
         hoverlabel={"align": "left"},
         coloraxis=_colours(next((panel.bar for panel in places.values() if isinstance(panel, ShareMap)), "")),
     )
@@ -115,18 +125,31 @@ def _colours(title: str) -> dict[str, Any]:
     return {"cmin": 0, "cmax": 1, "colorscale": scale, "colorbar": bar | {"len": 0.45, "thickness": 14}}
 
 
+def _bar(panel: Matrix, across: tuple[float, float], up: tuple[float, float]) -> dict[str, Any]:
+    """The colour bar of a matrix, at the right of its panel."""
+    place = {"x": across[1] + 0.004, "xanchor": "left", "xpad": 0, "y": up[0], "yanchor": "bottom", "ypad": 0, "len": up[1] - up[0]}
+    decades = {"dtick": 1, "tickprefix": "10<sup>", "ticksuffix": "</sup>"} if panel.colours == "log" else {}
+    return {"title": {"text": style.html(panel.bar), "side": "top"}, "thickness": 10, **place, **decades}
+
+
 def _axes(panel: Panel) -> Iterator[dict[str, Any]]:
-    if isinstance(panel, Curves):
+    named: tuple[dict[float, str], dict[float, str]] = ({}, {})
+    if isinstance(panel, (Matrix, Bars)):
+        limits: Any = panel.ends
+        named = panel.ticks
+    elif isinstance(panel, Curves):
         x = np.concatenate([curve.x for curve in panel.curves])
-        limits: Any = (_padded(x.min(), x.max(), panel.log[0]), panel.limits)
+        limits = (_padded(x.min(), x.max(), panel.log[0]), panel.limits)
+        named = ({tick: f"{tick:g}" for tick in panel.ticks}, {})
     else:
         limits = tuple(edges[[0, -1]] for edges in panel.edges)
-    for label, log, (low, high) in zip(panel.labels, panel.log, limits, strict=True):
+    for label, log, (low, high), ticks in zip(panel.labels, panel.log, limits, named, strict=True):
         ends = [float(np.log10(end)) if log else float(end) for end in (low, high)]
         look = {"showline": True, "mirror": True, "ticks": "outside", "showgrid": False, "zeroline": False}
-        powers: dict[str, Any] = {"type": "log", "dtick": 1, "minor": {"ticks": "outside", "ticklen": 3}} if log else {"type": "linear"}
-        if isinstance(panel, Curves) and panel.ticks and label == panel.labels[0]:
-            powers |= {"tickvals": list(panel.ticks), "ticktext": [f"{tick:g}" for tick in panel.ticks], "minor": None}
+        decades = {"type": "log", "dtick": -(-abs(ends[1] - ends[0]) // 9), "minor": MINOR, "exponentformat": "power"}
+        powers: dict[str, Any] = decades if log else {"type": "linear"}
+        if ticks:
+            powers |= {"tickvals": list(ticks), "ticktext": [style.html(text) for text in ticks.values()], "minor": None}
         yield look | powers | {"range": ends, "title": {"text": style.html(label), "standoff": 6}}
 
 
@@ -138,6 +161,12 @@ def _padded(low: float, high: float, log: bool) -> tuple[float, float]:
 def _traces(panel: Panel) -> Iterator[Any]:
     if isinstance(panel, Curves):
         yield from _curves(panel)
+        return
+    if isinstance(panel, Matrix):
+        yield from _matrix(panel)
+        return
+    if isinstance(panel, Bars):
+        yield from _bars(panel)
         return
     yield _cells(panel)
     if isinstance(panel, PhaseMap):
@@ -191,14 +220,41 @@ def _curves(panel: Curves) -> Iterator[Any]:
     from matplotlib.colors import to_rgb
 
     for c in panel.curves:
+        if np.array_equal(c.low, c.high):
+            continue
         red, green, blue = (round(255 * part) for part in to_rgb(c.colour))
         around = (np.concatenate([c.x, c.x[::-1]]), np.concatenate([c.low, c.high[::-1]]))
         yield _scatter(*around, mode="lines", fill="toself", line={"width": 0}, fillcolor=f"rgba({red},{green},{blue},{BAND})")
     for c, size in zip(panel.curves, sizes(panel), strict=True):
         faces = [c.colour if trusted else "white" for trusted in c.trusted]
-        marker = {"symbol": MARKERS[c.marker], "size": 2.2 * size, "color": faces, "line": {"color": c.colour, "width": 1.2}}
-        look = {"mode": "lines+markers", "line": {"color": c.colour, "width": 1.5}, "marker": marker, "cliponaxis": False}
-        yield _scatter(c.x, c.y, **look | _hover(c.hover))
+        marker = {"symbol": MARKERS.get(c.marker), "size": 2.2 * size, "color": faces, "line": {"color": c.colour, "width": 1.2}}
+        line = _line(c.colour, c.width, c.dash)
+        look = {"mode": "lines+markers", "marker": marker, "cliponaxis": False} if c.marker else {"mode": "lines"}
+        yield _scatter(c.x, c.y, line=line, **look | _hover(c.hover))
+
+
+def _matrix(panel: Matrix) -> Iterator[Any]:
+    from plotly.graph_objects import Heatmap
+
+    x, y = (edges.astype(np.float32) for edges in panel.edges)
+    shown, ends = (np.log10(values) if panel.colours == "log" else np.asarray(values) for values in (panel.clipped, panel.limits))
+    palette = PALETTES[panel.colours]
+    colours = {"colorscale": [[i / (len(palette) - 1), colour] for i, colour in enumerate(palette)], "zmin": ends[0], "zmax": ends[1]}
+    yield Heatmap(x=x, y=y, z=shown.astype(np.float32), showscale=False, **colours, **_hover(panel.hover))
+    (left, right), (below, above) = panel.ends
+    for cut in panel.cuts:
+        yield _scatter([cut, cut, np.nan, left, right], [below, above, np.nan, cut, cut], mode="lines", line=_line("black", 0.4, ()))
+
+
+def _bars(panel: Bars) -> Iterator[Any]:
+    from plotly.graph_objects import Bar
+
+    at = np.arange(len(panel.x), dtype=np.float32)
+    hatch = {"color": "white", "pattern": {"shape": share.HATCH[0], "fgcolor": style.HATCHED, "size": 4, "solidity": 0.3}}
+    looks = [*({"color": _hex(colour)} for colour in panel.colours), hatch]
+    for height, look, texts in zip(panel.shares.astype(np.float32), looks, panel.hover, strict=True):
+        if height.any():
+            yield Bar(x=at, y=height, marker=look, showlegend=False, **_hover(texts))
 
 
 def _scatter(x: ArrayLike, y: ArrayLike, **look: Any) -> Any:
@@ -216,8 +272,10 @@ def _legend(keys: Sequence[Key]) -> Iterator[Any]:
             "hatch": {"mode": "lines", "fill": "toself", "line": {"width": 0}, **_hatch(key.hatch or phase.HATCH)},
             "line": {"mode": "lines", "line": _line(colour, key.width, key.dash)},
             "dot": {"mode": "markers", "marker": DOT},
-            "curve": {"mode": "lines+markers", "line": {"color": colour}, "marker": {"symbol": MARKERS.get(key.marker), "color": colour}},
+            "curve": {"mode": "lines", "line": _line(colour, key.width, key.dash)},
         }[key.kind]
+        if key.kind == "curve" and key.marker:
+            look |= {"mode": "lines+markers", "marker": {"symbol": MARKERS[key.marker], "color": colour}}
         yield _scatter([np.nan], [np.nan], name=style.html(key.label), showlegend=True, **look)
 
 

@@ -32,6 +32,9 @@ NEUTRAL, HATCHED = "#D9D9D9", "#666666"
 DOT: dict[str, Any] = {"marker": "o", "markersize": 1.8, "markerfacecolor": "white", "markeredgecolor": "black", "markeredgewidth": 0.4}
 # ColorBrewer's RdPu without its white: light to dark, told apart from the regimes' colours
 SHARE = ("#FDE9E4", "#FCC5C0", "#FA9FB5", "#F768A1", "#DD3497", "#AE017E", "#7A0177", "#49006A")
+# ColorBrewer's RdBu, blue below 0, and viridis, dark to light
+DIVERGING = ("#053061", "#2166AC", "#4393C3", "#92C5DE", "#D1E5F0", "#F7F7F7", "#FDDBC7", "#F4A582", "#D6604D", "#B2182B", "#67001F")
+MAGNITUDE = ("#440154", "#472D7B", "#3B528B", "#2C728E", "#21918C", "#28AE80", "#5EC962", "#ADDC30", "#FDE725")
 
 RC: dict[str, Any] = {
     "figure.figsize": (COLUMN, 2.6),
@@ -66,8 +69,31 @@ METADATA: dict[str, dict[str, None]] = {
 }
 
 # the mathtext that `html` knows
-SYMBOLS = {"kappa": "κ", "lambda": "λ", "mu": "μ", "leq": "≤", "geq": "≥", "times": "×", "min": "min", "max": "max", "sqrt": "√"}
+SYMBOLS = {
+    "alpha": "α",
+    "beta": "β",
+    "kappa": "κ",
+    "lambda": "λ",
+    "mu": "μ",
+    "sigma": "σ",
+    "tau": "τ",
+    "log": "log",
+    "leq": "≤",
+    "geq": "≥",
+    "times": "×",
+    "min": "min",
+    "max": "max",
+    "sqrt": "√",
+}
 SPACES = {",": " ", ";": " ", " ": " "}
+
+
+def ordered(many: int) -> list[str]:
+    """So many colours of one scale, dark to light: for outcomes that have an order."""
+    from matplotlib.colors import LinearSegmentedColormap, to_hex
+
+    scale = LinearSegmentedColormap.from_list("ordered", list(MAGNITUDE))
+    return [str(to_hex(scale(i / max(many - 1, 1)))) for i in range(many)]
 
 
 def context() -> AbstractContextManager[None]:
@@ -104,6 +130,7 @@ def html(text: str) -> str:
 
 
 def _formula(text: str) -> str:
+    text = re.sub(r"\\mathrm\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\([A-Za-z]+|.)", _symbol, text).replace("-", "−")
     for mark, tag in (("_", "sub"), ("^", "sup")):
         text = re.sub(rf"\{mark}(?:\{{([^{{}}]*)\}}|(.))", lambda m, tag=tag: f"<{tag}>{m[1] or m[2]}</{tag}>", text)  # type: ignore[misc]
