@@ -20,7 +20,7 @@ STOREYS = (
     ("etf", "heads"),
     ("problem", "chain", "starts"),
     ("objective", "coordinates", "certificate", "metrics", "theory"),
-    ("rules", "dynamics"),
+    ("rules", "flow", "stabilised", "dynamics"),
     ("solvers",),
     ("landscape",),
     ("bridge", "plots"),

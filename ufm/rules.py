@@ -1,4 +1,4 @@
-"""Rules of descent: options only, one explicit step each; gradient flow by an embedded Runge-Kutta pair.
+"""Rules of descent and flow: options only, one explicit step each; the flows are those of `ufm.flow` and `ufm.stabilised`.
 
 x is a batch (B, n) in weighted coordinates H' = H diag(m)^{1/2}, where a step on class means is the step on all samples
 (`ufm.coordinates`); P is the projection on H >= 0, the identity for other features. A rule is a frozen dataclass with three methods:
@@ -9,23 +9,15 @@ adding a class and a line in TABLE.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ufm.arrays import Array, like, namespace
 from ufm.coordinates import Coordinates
-
-State = tuple[Array, ...]
-
-
-class Clock(NamedTuple):
-    """Time of each run (B,), and whether the rule has nothing left to do (B,) or None where that never happens."""
-
-    time: Array
-    done: Array | None
+from ufm.flow import Clock, GradientFlow, State, check
+from ufm.stabilised import StabilisedFlow
 
 
 class Rule(Protocol):
@@ -50,7 +42,7 @@ class GradientDescent:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "step", _steps("GradientDescent", self.step))
-        _check("GradientDescent", "momentum", self.momentum, 0.0, 1.0)
+        check("GradientDescent", "momentum", self.momentum, 0.0, 1.0)
 
     def start(self, function: Coordinates, x: Array, cells: NDArray[np.int64]) -> State:
         return (_per_run(self.step, cells, x), x)
@@ -85,9 +77,9 @@ class Adam:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "step", _steps("Adam", self.step))
-        _check("Adam", "beta1", self.beta1, 0.0, 1.0)
-        _check("Adam", "beta2", self.beta2, 0.0, 1.0)
-        _check("Adam", "epsilon", self.epsilon, 0.0, np.inf)
+        check("Adam", "beta1", self.beta1, 0.0, 1.0)
+        check("Adam", "beta2", self.beta2, 0.0, 1.0)
+        check("Adam", "epsilon", self.epsilon, 0.0, np.inf)
 
     def start(self, function: Coordinates, x: Array, cells: NDArray[np.int64]) -> State:
         xp = namespace(x)
@@ -104,77 +96,6 @@ class Adam:
 
     def clock(self, state: State, taken: int) -> Clock:
         return Clock(state[0][:, 0] * taken, None)
-
-
-# Dormand & Prince 1980: nodes' weights, and fifth minus fourth order
-STAGES = (
-    (1 / 5,),
-    (3 / 40, 9 / 40),
-    (44 / 45, -56 / 15, 32 / 9),
-    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
-    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
-    (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
-)
-ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
-
-
-@dataclass(frozen=True)
-class GradientFlow:
-    """dx/dt = -grad F(x), projected on the tangent cone of H >= 0, by Dormand & Prince's pair of orders 5 and 4 (1980).
-
-    Every run has its own time and step; a step is kept where the root mean square of its error over atol + rtol |x| is at most 1, and one
-    step of the loop is one trial. until: the flow time at which a run ends, met exactly. Explicit: steps are at most about 3.3 over the
-    largest curvature, and the scale-free gradient norm settles near ten times rtol.
-    """
-
-    until: float = np.inf
-    rtol: float = 1e-6
-    atol: float = 1e-9
-
-    def __post_init__(self) -> None:
-        for name in ("until", "rtol", "atol"):
-            _check("GradientFlow", name, getattr(self, name), 0.0, np.inf, reach=name == "until")
-
-    def start(self, function: Coordinates, x: Array, cells: NDArray[np.int64]) -> State:
-        xp = namespace(x)
-        field = self._field(function, x)
-        size = self.atol + self.rtol * xp.abs(x)
-        length, speed = _rms(x / size), _rms(field / size)
-        usual = xp.minimum(length, speed) > 1e-5  # False at zero and at stationary points (Hairer, Norsett & Wanner 1993, II.4)
-        h = xp.where(usual, 0.01 * length / xp.where(usual, speed, 1.0), 1e-6)
-        return (xp.zeros_like(h), xp.clip(h, None, self.until), field)
-
-    def advance(self, function: Coordinates, x: Array, state: State) -> tuple[Array, State]:
-        xp = namespace(x)
-        time, h, first = state
-        fields = [first]
-        for weights in STAGES[:-1]:
-            fields.append(self._field(function, x + h * _combined(weights, fields)))
-        x_new = function.project(x + h * _combined(STAGES[-1], fields))
-        fields.append(self._field(function, x_new))
-        size = self.atol + self.rtol * xp.maximum(xp.abs(x), xp.abs(x_new))
-        error = _rms(h * _combined(ERROR, fields) / size)
-        kept = error <= 1.0  # False where NaN
-        factor = xp.where(xp.isfinite(error), xp.clip(0.9 * (error + 1e-12) ** -0.2, 0.2, 5.0), 0.2)
-        time = xp.where(kept, time + h, time)
-        h = xp.minimum(h * factor, xp.clip(self.until - time, 0.0, None))
-        return xp.where(kept, x_new, x), (time, h, xp.where(kept, fields[-1], first))
-
-    def clock(self, state: State, taken: int) -> Clock:
-        time = state[0][:, 0]
-        return Clock(time, time >= self.until * (1 - 1e-15))
-
-    def _field(self, function: Coordinates, x: Array) -> Array:
-        return -function.projected(x, function.gradient(x))
-
-
-def _combined(weights: tuple[float, ...], fields: list[Array]) -> Array:
-    return sum((w * k for w, k in zip(weights[1:], fields[1:], strict=False) if w), start=weights[0] * fields[0])
-
-
-def _rms(x: Array) -> Array:
-    xp = namespace(x)
-    return xp.sqrt(xp.mean(x * x, axis=1, keepdims=True))
 
 
 def _per_run(option: Any, cells: NDArray[np.int64], x: Array) -> Array:
@@ -198,10 +119,5 @@ def _steps(rule: str, value: Any) -> float | tuple[float, ...]:
     return tuple(map(float, array)) if array.ndim else float(array)
 
 
-def _check(rule: str, name: str, value: Any, low: float, high: float, reach: bool = False) -> None:
-    real = isinstance(value, Real) and not isinstance(value, bool)
-    if not real or not (low <= value < high or (reach and value == high)) or (name not in ("momentum", "beta1", "beta2") and value == low):
-        raise ValueError(f"rules.{rule}: {name} is {value!r}, but must lie between {low:g} and {high:g}")
-
-
-TABLE = {"GradientDescent": GradientDescent, "Adam": Adam, "GradientFlow": GradientFlow}
+TABLE = {"GradientDescent": GradientDescent, "Adam": Adam, "GradientFlow": GradientFlow, "StabilisedFlow": StabilisedFlow}
+__all__ = ["TABLE", "Adam", "Clock", "GradientDescent", "GradientFlow", "Rule", "StabilisedFlow", "State"]
