@@ -3,4 +3,10 @@
 # name of the file -> the question it answers
 STUDIES = {
     "minority_collapse": "When does minority collapse happen, at the optimum and where descent ends?",
+    "deep_basins": "How often does descent end at deep neural collapse, and at which rank otherwise?",
+    "deep_relu": "Which (K, L) beat deep neural collapse in deep ReLU chains, and by how much?",
+    "dnc_stability": "Is deep neural collapse a local minimum, and what dimension has the set of its solutions?",
+    "saddle_passages": "At which saddles does gradient flow linger on its way, and are they the catalogued critical points?",
+    "depth_implicit_bias": "Without regularisation, does depth lower the rank of the logits, and does width raise it?",
+    "deep_optimum": "Which structure is optimal in deep linear models, and where does it change?",
 }

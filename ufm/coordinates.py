@@ -112,15 +112,20 @@ class Coordinates:
         return self.stationarity(x)[0]
 
     def stationarity(self, x: Array) -> tuple[Array, Array]:
-        """The scale-free norm (B,), and where ||P grad F||^2 <= 1e-28 |F|, per unit: nothing is left to gain in float64, (B,) bool."""
+        """The scale-free norm (B,), and where ||P grad F||^2 <= 1e-28 |F|, per unit: nothing is left to gain in float64, (B,) bool.
+
+        Without any penalty F itself may fall to 0, at any scale of it, and only a gradient of 0 has nothing left to gain.
+        """
         xp = namespace(x)
         value, slope, penalty = self.parts(x)
         gradient = norm(self.projected(x, slope + penalty))
         size = xp.maximum(norm(slope), norm(penalty))
         relative = gradient / xp.where(size > 0, size, 1.0)
+        flat = gradient * gradient <= NEGLIGIBLE * xp.abs(value)
         if self.penalty is not None:
-            relative = xp.where(xp.max(self.penalty, axis=-1) > 0, relative, gradient)
-        return relative, gradient * gradient <= NEGLIGIBLE * xp.abs(value)
+            penalised = xp.max(self.penalty, axis=-1) > 0
+            relative, flat = xp.where(penalised, relative, gradient), flat & (penalised | (gradient == 0))
+        return relative, flat
 
     def _penalty_slope(self, x: Array) -> Array:
         return self._rectified(x) if self.penalty is None else self.penalty * self._rectified(x)
