@@ -267,7 +267,11 @@ def test_relu_constructions(loss: Any, L: int) -> None:
     problem = ufm.Problem([2] * K, width=d, depth=L, features="free", activation="relu", loss=loss, lam_w=lam, lam_h=lam / 2)
     cases = [("dnc", "DNC", [deep_relu.orthogonal(K, L)])]
     cases += [("graph", "graph solution", [deep_relu.graph(4, L)])] if L > 2 else []
-    cases += [] if squared else [("blocks", "shifted pairs", deep_relu_ce.paired(K, L))]
+    cases += (
+        []
+        if squared
+        else [("blocks", "shifted pairs", deep_relu_ce.paired(K, L)), ("code", "nonnegative T(4)", [deep_relu_ce.graph_code(4, L)])]
+    )
     for kind, name, blocks in cases:
         levels = deep_relu.squared_error(blocks, lam) if squared else deep_relu_ce.cross_entropy(blocks, lam)
         factors = deep_relu.factors(blocks, levels.scales, 2, lam / 2, [lam] * L, d, centred=not squared)
@@ -275,6 +279,7 @@ def test_relu_constructions(loss: Any, L: int) -> None:
         assert (got.kind[0], got.name[0]) == (kind, name)
         assert got.level[0] == pytest.approx(float(levels.value), rel=1e-13)
         assert abs(got.excess[0]) < 1e-12
+        assert ("not stationary: scale-free gradient norm" in got.reason[0]) == (not got.gradient_norm[0] <= 1e-6)
         other = ufm.classify(problem, [1.01 * f[None] for f in factors], polish=False)
         assert other.name[0] == "unconverged"
         dear = ufm.classify(problem, [factors[0][None] * 1.1, factors[1][None] / 1.1, *(f[None] for f in factors[2:])], polish=False)

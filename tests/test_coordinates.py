@@ -41,7 +41,7 @@ def test_penalties_are_the_problems_own(problem: Problem) -> None:
     """Every coordinate of a factor carries that factor's penalty: lam_h/2 ||H'||^2 is lam_h/2 sum_c m_c ||h_c||^2."""
     at, frame = factors(problem, R), weighted(problem, R)
     x = frame.from_factors(at)
-    levels = frame.unpack(np.ones_like(x) if frame.penalty is None else frame.penalty)
+    levels = frame.unpack(np.ones_like(x) * (1.0 if frame.penalty is None else frame.penalty))
     for b in range(problem.cells * R):
         cell = b // R
         lam = [problem.lam_h[cell], *problem.lam_w[cell], *([] if problem.lam_b is None else [problem.lam_b[cell]])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import shutil
 import subprocess
 import sys
@@ -384,6 +385,47 @@ def test_the_command_fails_with_one_sentence(whole, tmp_path):
 def test_the_list_names_every_figure_and_every_figure_is_listed():
     assert all(name in figures().stdout for name in FIGURES)
     assert {path.stem for path in (ROOT / "figures").glob("minority_collapse*.py")} <= set(FIGURES)
+    assert all(callable(importlib.import_module(f"figures.{name}").draw) for name in FIGURES)
+
+
+def test_short_logarithmic_axes_have_plain_numbers_that_do_not_touch():
+    """Widths 10 to 80 and scales 0.2 to 5 in a small panel: 1, 2 and 5 times the decades, no 2 x 10^1 between them."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    for x, told in ((np.array([10.0, 30.0, 80.0]), ["10", "20", "50"]), (np.geomspace(0.2, 5, 4), ["0.2", "0.5", "1", "2", "5"])):
+        curve = plots.Curve(x, x / x[-1], x / x[-1], x / x[-1], "c", "black")
+        figure = stored.still(stored.Drawing([[plots.Curves([curve]), None, None]], "t", "c", 2.0, 1))
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        axis = figure.axes[0].xaxis
+        assert [text for text in (label.get_text() for label in axis.get_ticklabels()) if text in told] == told
+        assert not any(label.get_text() for label in axis.get_ticklabels(minor=True))
+        low, high = axis.get_view_interval()
+        shown = [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+        boxes = [label.get_window_extent(canvas.get_renderer()) for label in shown]
+        assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+
+
+def test_a_shared_legend_is_in_the_order_of_the_outcomes():
+    def bars(counts, names, shared):
+        return plots.Bars(x=["a"], counts=[[c] for c in counts], names=names, colours=plots.style.ordered(len(names)), shared=shared)
+
+    def legend(*panels):
+        figure = stored.still(stored.Drawing([panels], "t", "c", 2.0, 3))
+        return [text.get_text() for text in figure.legends[0].get_texts()]
+
+    names = ["rank 1", "rank 2", "rank 3"]
+    assert legend(bars([0, 0, 1], names, True), bars([1, 1, 0], names, True)) == names
+    assert legend(bars([0, 1, 1], names, False), bars([1, 1, 0], names, False)) == names
+    assert legend(bars([0, 1, 0], names, False)) == ["rank 2"]
+
+
+def test_long_names_of_bars_are_written_aslant():
+    def rotation(names):
+        panel = plots.Bars(x=names, counts=[[1] * len(names)], names=["one"], colours=["#000000"])
+        return plots.draw_bars(panel).axes.get_xticklabels()[0].get_rotation()
+
+    assert (rotation(["1", "2"]), rotation(["descent", "momentum", "flow, samples"])) == (0.0, 40.0)
 
 
 def test_a_small_real_study_can_be_drawn(tmp_path):

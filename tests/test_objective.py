@@ -402,7 +402,7 @@ def test_scales_and_penalties_are_the_definitions(problem: Problem) -> None:
     """Every factor is its scale times its coordinates, and carries its penalty in this unit: 1, but for a bias, where all are positive."""
     at, frame = factors(problem, R), balanced(problem, R)
     x = frame.from_factors(at)
-    penalty = np.ones_like(x) if frame.penalty is None else frame.penalty
+    penalty = np.ones_like(x) * (1.0 if frame.penalty is None else frame.penalty)
     for b in range(problem.cells * R):
         unit, scales, levels = naive_frame(problem, b // R)
         assert frame.unit[b] == pytest.approx(unit, rel=1e-14)

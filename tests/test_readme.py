@@ -34,6 +34,14 @@ def test_the_other_snippet_runs(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "excess" / "cells.sqlite").is_file()
 
 
+def test_the_deep_snippet_prints_its_output() -> None:
+    """After the imports of the example, as written."""
+    code = block("deep")
+    assert len(code.strip().splitlines()) <= 12
+    done = subprocess.run([sys.executable, "-c", "import ufm\n" + code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == block("deep output")
+
+
 def test_every_link_leads_to_a_file() -> None:
     links = re.findall(r"\]\(([^)]+)\)", README)
     assert links

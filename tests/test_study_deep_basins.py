@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import numpy as np
 import pytest
 
+import studied
 import ufm
+from figures import deep_basins as figure
+from figures import deep_basins_map, deep_basins_ranks
 from studies import deep_basins
 from ufm import sweep
 from ufm.metrics import singular_values
 from ufm.theory import deep, deep_points
 
-ROOT = Path(__file__).parent.parent
 SMOKE = deep_basins.Options(smoke=True)
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[CompletedProcess[str], Path]:
     out = tmp_path_factory.mktemp("basins")
-    done = subprocess.run(
-        [sys.executable, "-m", "studies", "deep_basins", "--smoke", "--out", str(out)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done, out
+    return studied.smoke("deep_basins", out), out
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +66,11 @@ def test_ends_are_minima_on_the_levels_their_names_say() -> None:
     lam = float(deep.lambda_eff(3, 2.0**-8, [2.0**-8] * 2))
     levels = [float(deep_points.levels(code, lam, 2).value) for code in deep_points.candidates(6)]
     for value, name in zip(row["value_of_seed"], row["name_of_seed"], strict=True):
-        assert "other" in name or min(abs(value / level - 1) for level in levels if np.isfinite(level)) <= 1e-9
+        if name.startswith("blocks "):
+            sizes = [int(size) for size in name.removeprefix("blocks ").split("+")]
+            assert value == pytest.approx(float(deep_points.levels(deep_points.blocks(sizes), lam, 2).value), rel=1e-9)
+        else:
+            assert "other" in name or min(abs(value / level - 1) for level in levels if np.isfinite(level)) <= 1e-9
     assert row["lam_eff"] == pytest.approx(lam, rel=1e-14)
 
 
@@ -104,7 +102,7 @@ def test_samples_collapse_within_classes() -> None:
 @pytest.mark.parametrize("method", list(deep_basins.METHODS))
 def test_every_method_ends_at_certified_minima(method: str) -> None:
     """Ranks are those of the logits of an own run of that method from the same start."""
-    point = small(method=method, steps=40_000)
+    point = small(K=4, width=8, lam=2.0**-6, method=method, steps=40_000)
     row = deep_basins.deep_basins([point], [0])[0]
     assert row["converged"] == 1.0
     problem = deep_basins.problem_of(point, "means")
@@ -126,8 +124,37 @@ def test_the_full_study_asks_what_it_should() -> None:
     assert {p["seeds"] for p in points if p["panel"] == "method"} == {200}
 
 
-def test_a_second_call_computes_nothing(smoke: Any) -> None:
+def test_a_second_call_computes_and_changes_nothing(smoke: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     done, out = smoke
-    again = deep_basins.main(dataclasses.replace(SMOKE, out=out, executor="serial"))
-    assert again == done.returncode == 0
+    monkeypatch.setattr(deep_basins, "_row", None)
+    monkeypatch.setattr(figure, "draw_all", lambda folder, to: [])
+    assert deep_basins.main(dataclasses.replace(SMOKE, out=out, executor="serial")) == done.returncode == 0
     assert len(sweep.load(out)) == len(deep_basins.points(SMOKE))
+
+
+def test_figures_show_the_rows(table: sweep.Table) -> None:
+    """Shares and intervals as stored; every bar holds all runs; legends name the ranks in order; maps hatch what is not certified."""
+    (shares, _), _ = figure.make(table).panels
+    rows = table.where(panel="width")
+    for curve, scale in zip(shares.curves, deep_basins.SCALES, strict=True):
+        own = rows.where(scale=scale)
+        own = own.pick(np.argsort(own["width"]))
+        assert np.array_equal([curve.y, curve.low, curve.high], [own[name] for name in ("dnc", "dnc_low", "dnc_high")])
+        assert np.array_equal(curve.trusted, own["converged"] >= 0.95)
+    drawing = deep_basins_ranks.make(table)
+    for bars in (panel for row in drawing.panels for panel in row if panel is not None):
+        assert np.array_equal(bars.totals, np.full(len(bars.x), 2))
+        assert list(bars.names) == sorted(bars.names, key=lambda name: int(name.split()[-1]) if name != "zero" else 0)
+    *maps, ends = deep_basins_map.make(table).panels[0]
+    assert [panel.title for panel in maps] == ["$L=2$"]
+    assert ends.x == ("flow", "flow, samples", "descent", "handed over", "momentum", "L-BFGS")
+    assert "momentum on means" in "".join(deep_basins.agreements(table))
+
+
+def test_runs_that_did_not_end_are_hollow_and_hatched(table: sweep.Table) -> None:
+    lost = sweep.Table(table.points, [row | {"converged": 0.5, "ranks": row["ranks"] // 2} for row in table.results], table.errors, "x")
+    (shares, _), _ = figure.make(lost).panels
+    assert not any(curve.trusted.any() for curve in shares.curves)
+    *maps, ends = deep_basins_map.make(lost).panels[0]
+    assert all(panel.hatched.all() for panel in maps)
+    assert np.all(ends.unsettled > 0)

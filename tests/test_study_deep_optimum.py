@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy.optimize import brentq
 
+import studied
 from figures import deep_optimum_crossovers, deep_optimum_limit, stored
 from figures import optima as figure
 from studies import deep_optimum as study
 from ufm import sweep
 from ufm.theory import deep, deep_points
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[CompletedProcess[str], Path]:
     out = tmp_path_factory.mktemp("optimum")
-    arguments = [sys.executable, "-m", "studies", "deep_optimum", "--smoke", "--executor", "serial", "--out", str(out)]
-    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False), out
+    return studied.smoke("deep_optimum", out), out
 
 
 @pytest.fixture(scope="module")
@@ -195,3 +192,9 @@ def test_the_limit_s_panels_are_the_rows(table: sweep.Table) -> None:
     map_ = deep_optimum_limit.structures(margins)
     assert {map_.names[code] for code in map_.codes.ravel()} == {"DNC"}
     assert map_.known.all()
+
+
+def test_another_run_computes_nothing_again(smoke: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, out = smoke
+    broken = {"studies.deep_optimum.PANELS": {}, "figures.deep_optimum.draw_all": studied.no_figure}
+    assert studied.again("deep_optimum", out, monkeypatch, broken) == studied.told(done)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import shutil
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import numpy as np
 import pytest
 
+import studied
 import ufm
 from figures import deep_relu as figure
 from studies import deep_relu, relu_points
@@ -22,18 +22,11 @@ from ufm.objective import objective
 from ufm.theory import deep, deep_relu_ce
 from ufm.theory import deep_relu as theory
 
-ROOT = Path(__file__).parent.parent
-
-
-def run(out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "studies", "deep_relu", "--smoke", "--executor", "serial", "--out", str(out), *more]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[CompletedProcess[str], Path]:
     out = tmp_path_factory.mktemp("studies") / "deep_relu"
-    return run(out), out
+    return studied.smoke("deep_relu", out), out
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +217,6 @@ def test_figures_show_the_rows(smoke: Any) -> None:
     assert [c.label for c in explicit.curves] == ["$L=3$, explicit", "$L=3$, polished", "$L=4$, explicit", "$L=4$, polished"]
     assert [c.label for c in code.curves][::2] == ["$L=2$, explicit", "$L=3$, explicit", "$L=4$, explicit"]
     assert [m.values.shape for m in spectra] == [(8, 6), (6, 6)]
-    (paths, _, shares), _ = figure.descents(table).panels
+    (shares, paths, _), _ = figure.descents(table).panels
     assert len([c for c in paths.curves if c.colour == figure.OKABE["sky"]]) == 2
     assert {c.label for c in shares.curves} == {"ends below DNC", "ends at DNC"}

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import numpy as np
 import pytest
 
+import studied
 from figures import depth_implicit_bias as figure
 from figures import stored
 from studies import depth_implicit_bias as study
 from ufm import sweep
 from ufm.theory import deep_points
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[CompletedProcess[str], Path]:
     out = tmp_path_factory.mktemp("bias")
-    arguments = [sys.executable, "-m", "studies", "depth_implicit_bias", "--smoke", "--executor", "serial", "--out", str(out)]
-    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False), out
+    return studied.smoke("depth_implicit_bias", out), out
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +141,9 @@ def test_points_without_converged_directions_have_hollow_markers(table: sweep.Ta
         own = own.pick(np.argsort(own["depth"]))
         np.testing.assert_array_equal(curve.trusted, own["converged"] >= 0.9)
         np.testing.assert_array_equal(curve.y, own["rank"])
+
+
+def test_another_run_computes_nothing_again(smoke: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, out = smoke
+    broken = {"studies.depth_implicit_bias._row": None, "figures.depth_implicit_bias.draw": studied.no_figure}
+    assert studied.again("depth_implicit_bias", out, monkeypatch, broken) == studied.told(done)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import numpy as np
 import pytest
 
+import studied
 import ufm
 from figures import dnc_stability as figure
 from figures import dnc_stability_orbit, stored
@@ -17,14 +17,11 @@ from studies import dnc_stability as study
 from ufm import sweep
 from ufm.theory import deep_points, deep_scale
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[CompletedProcess[str], Path]:
     out = tmp_path_factory.mktemp("stability")
-    arguments = [sys.executable, "-m", "studies", "dnc_stability", "--smoke", "--executor", "serial", "--out", str(out)]
-    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False), out
+    return studied.smoke("dnc_stability", out), out
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +143,9 @@ def test_the_orbit_s_curves_are_the_rows(table: sweep.Table) -> None:
         curve = next(curve for curve in panel.curves if curve.label == f"{code}: measured")
         np.testing.assert_array_equal(curve.y, own["nullity"][np.argsort(own["width"])])
     assert panel.limits[1] > rows["nullity"].max()
+
+
+def test_another_run_computes_nothing_again(smoke: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, out = smoke
+    broken = {"studies.dnc_stability.MEASURE": {}, "figures.dnc_stability.draw_all": studied.no_figure}
+    assert studied.again("dnc_stability", out, monkeypatch, broken) == studied.told(done)

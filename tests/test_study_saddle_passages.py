@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import numpy as np
 import pytest
 
+import studied
 import ufm
 from figures import saddle_passages as figure
 from figures import stored
@@ -17,14 +17,11 @@ from studies import saddle_passages as study
 from ufm import sweep
 from ufm.theory import deep, deep_points
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[CompletedProcess[str], Path]:
     out = tmp_path_factory.mktemp("passages")
-    arguments = [sys.executable, "-m", "studies", "saddle_passages", "--smoke", "--executor", "serial", "--out", str(out)]
-    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False), out
+    return studied.smoke("saddle_passages", out), out
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +141,9 @@ def test_bars_count_the_passages_and_hatch_those_without_a_critical_point(table:
     panel = figure.passed(runs)
     assert panel.totals.sum() == max(1, runs["passages"].sum())
     assert panel.unsettled.sum() == sum(text.split("; ").count("none") for text in runs["names"]) or not runs["passages"].sum()
+
+
+def test_another_run_computes_nothing_again(smoke: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, out = smoke
+    broken = {"studies.saddle_passages._row": None, "figures.saddle_passages.draw": studied.no_figure}
+    assert studied.again("saddle_passages", out, monkeypatch, broken) == studied.told(done)

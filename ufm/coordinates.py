@@ -30,8 +30,8 @@ Floats = NDArray[np.float64]
 class Coordinates:
     """Coordinates x of a batch, flattened per run to (B, n): factor = scale * x, and F/unit as a function of x.
 
-    scales: one per factor, broadcasting; unit (B,); penalty (B, n): that of each coordinate in this unit, None where all are 1;
-    lower (n,): bounds of the coordinates, 0 or -inf; bounded: whether any is 0.
+    scales: one per factor, broadcasting; unit (B,); penalty (B, n): that of each coordinate in this unit, (B, 1) where a run has one for
+    all, None where all are 1; lower (n,): bounds of the coordinates, 0 or -inf; bounded: whether any is 0.
     """
 
     objective: Objective
@@ -94,6 +94,19 @@ class Coordinates:
         slope += self._penalty_slope(x)
         return slope
 
+    def descend(self, x: Array, step: Array) -> None:
+        """x <- x - step grad F(x)/unit in place, step (B, 1): x is passed over half as often as with a gradient in an array of its own."""
+        slopes = self.objective.loss_slopes(self.unpack(x), -step[:, :, None])
+        if self.objective.chain.features_rectified:
+            x -= step * self._penalty_slope(x)
+        else:
+            x *= 1.0 - step * (1.0 if self.penalty is None else self.penalty)
+        start = 0
+        for slope in map(flatten, slopes):
+            part = x[:, start : start + slope.shape[1]]
+            part += slope
+            start += slope.shape[1]
+
     def parts(self, x: Array) -> tuple[Array, Array, Array]:
         """F/unit (B,), and the gradients (B, n) of its loss part and of its penalty part."""
         loss, slopes = self.objective.loss_part(self.unpack(x))
@@ -142,7 +155,7 @@ class Coordinates:
 
     def projected(self, x: Array, gradient: Array) -> Array:
         """The gradient without the components that point out of the bounds."""
-        return namespace(x).where((x <= self.lower) & (gradient > 0), 0.0, gradient)
+        return namespace(x).where((x <= self.lower) & (gradient > 0), 0.0, gradient) if self.bounded else gradient
 
     def pick(self, runs: Array) -> Coordinates:
         """The given runs alone."""
@@ -202,7 +215,8 @@ def _scaled(
     lower = np.full(sum(r * c for r, c in shapes), -np.inf)
     if problem.features == "relu":
         lower[: shapes[0][0] * shapes[0][1]] = 0.0
-    flat = np.concatenate([np.repeat(p[:, :, 0], r * c, axis=1) for p, (r, c) in zip(penalties, shapes, strict=True)], axis=1)
+    flat = np.concatenate([p[:, :, 0] for p in penalties], axis=1)
+    flat = np.repeat(flat, [r * c for r, c in shapes], axis=1) if np.any(flat != flat[:, :1]) else flat[:, :1]
 
     def spread(x: Any) -> Array:
         return place(np.repeat(x, runs, axis=0), device)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ufm import metrics
-from ufm.arrays import Array, block_size, device_of, namespace, place, to_numpy
+from ufm.arrays import Array, block_size, device_of, keep_freed_memory, namespace, place, to_numpy
 from ufm.chain import forward
 from ufm.coordinates import Coordinates, balanced, weighted
 from ufm.problem import Problem
@@ -165,6 +165,7 @@ def simulate(
     rows = problem.pick(cells)
     book = _Book.empty(factors, np.unique([*range(0, steps, every), steps]))
     block = block_size(BYTES_PER_COORDINATE * len(frame.lower), device)
+    keep_freed_memory()
     with threadpool_limits(1 if problem.width < MANY_THREADS else None), np.errstate(over="ignore", invalid="ignore"):
         for first in range(0, len(cells), block):
             part = np.arange(first, min(first + block, len(cells)))
@@ -177,7 +178,7 @@ def simulate(
 
 
 MANY_THREADS = 512  # width from which one product is worth more than one BLAS thread
-BYTES_PER_COORDINATE = 8 * 64  # of a run: blocks of 64 runs of 400 coordinates stay in the cache
+BYTES_PER_COORDINATE = 8 * 24  # of a run: blocks of 12 runs of 6,000 coordinates, or 200 of 400
 OWN_RECORDS = ("value", "gradient_norm", "time")
 
 

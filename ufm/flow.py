@@ -79,10 +79,14 @@ class GradientFlow:
 
 def field(function: Coordinates, x: Array, normalised: bool) -> Array:
     """-P grad F(x), or -P grad F(x)/F(x), (B, n); P projects on the tangent cone of the bounds."""
-    if not normalised:
-        return -function.projected(x, function.gradient(x))
-    value, gradient = function.value_and_gradient(x)
-    return -function.projected(x, gradient) / value[:, None]
+    if normalised:
+        value, slope = function.value_and_gradient(x)
+        slope /= value[:, None]
+    else:
+        slope = function.gradient(x)
+    slope = function.projected(x, slope)
+    slope *= -1.0
+    return slope
 
 
 def first_step(x: Array, slope: Array, rtol: float, atol: float, until: float) -> Array:

@@ -52,12 +52,20 @@ class Objective:
         """sum_c (m_c/N) loss_c, (B,), and its gradient."""
         Z, layers = self._logits(factors)
         losses, slope = self.loss.value_and_slope(Z, self.targets)
-        slope = slope * self.column_weight
-        inner = slope if self.column_scale is None else slope * self.column_scale
-        gradient = pullback(self.chain, factors, layers, inner)
+        value = namespace(losses).vecdot(losses, self.column_weight[:, 0, :])
+        return value, self._pulled_back(factors, layers, slope * self.column_weight)
+
+    def loss_slopes(self, factors: Sequence[Array], times: Array) -> list[Array]:
+        """`times` (B, 1, 1) the gradient of the loss part."""
+        Z, layers = self._logits(factors)
+        return self._pulled_back(factors, layers, self.loss.slope(Z, self.targets) * (self.column_weight * times))
+
+    def _pulled_back(self, factors: Sequence[Array], layers: Sequence[Array], slope: Array) -> list[Array]:
+        """Gradients in the factors of a function with gradient `slope` in the logits."""
+        gradient = pullback(self.chain, factors, layers, slope if self.column_scale is None else slope * self.column_scale)
         if self.chain.bias:
             gradient.append(self._bias(namespace(slope).sum(slope, axis=-1, keepdims=True)))
-        return namespace(losses).vecdot(losses, self.column_weight[:, 0, :]), gradient
+        return gradient
 
     def penalty_part(self, factors: Sequence[Array]) -> tuple[Array, list[Array]]:
         """The penalties' sum, (B,), and its gradient."""

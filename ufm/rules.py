@@ -2,8 +2,8 @@
 
 x is a batch (B, n) in weighted coordinates H' = H diag(m)^{1/2}, where a step on class means is the step on all samples
 (`ufm.coordinates`); P is the projection on H >= 0, the identity for other features. A rule is a frozen dataclass with three methods:
-`start` makes the state (a tuple of arrays, runs first), `advance` takes x and state one step on, `clock` reads the time. Adding one is
-adding a class and a line in TABLE.
+`start` makes the state (a tuple of arrays, runs first), `advance` takes x and state one step on (and may overwrite both), `clock` reads
+the time. Adding one is adding a class and a line in TABLE.
 """
 
 from __future__ import annotations
@@ -45,18 +45,20 @@ class GradientDescent:
         check("GradientDescent", "momentum", self.momentum, 0.0, 1.0)
 
     def start(self, function: Coordinates, x: Array, cells: NDArray[np.int64]) -> State:
-        return (_per_run(self.step, cells, x), x)
+        eta = _per_run(self.step, cells, x)
+        return (eta, namespace(x).asarray(x, copy=True)) if self.momentum else (eta,)
 
     def advance(self, function: Coordinates, x: Array, state: State) -> tuple[Array, State]:
+        if not self.momentum:
+            function.descend(x, state[0])
+            return function.project(x), state
         eta, previous = state
-        new = function.gradient(x)  # in place from here on: new arrays cost as much as the sums
-        new *= -eta
-        new += x
-        if self.momentum:
-            move = x - previous
-            move *= self.momentum
-            new += move
-        return function.project(new), (eta, x)
+        move = x - previous
+        move *= self.momentum
+        previous = namespace(x).asarray(x, copy=True)
+        function.descend(x, eta)
+        x += move
+        return function.project(x), (eta, previous)
 
     def clock(self, state: State, taken: int) -> Clock:
         return Clock(state[0][:, 0] * taken, None)

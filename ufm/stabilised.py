@@ -84,24 +84,22 @@ class StabilisedFlow:
         found = _at(probed, _curvature, run.slope, slope, run.move)
         kept = ended & (error <= 1.0)  # False where NaN
         following = self._decided(run, probed, ended, kept, error, found)
-        if bool(xp.any(ended & ~xp.isfinite(error))):
-            slope, *rest = (xp.where(xp.isfinite(v), v, 0.0) for v in (slope, run.move, run.before))
-            run = run._replace(move=rest[0], before=rest[1])
-
         mu, nu, own, first = _weights(run.stage, run.stages)
         begin, turned = _first_weight(following.stages) * following.h, probed | ended
-        move = xp.where(turned, 0.0, mu) * run.move  # in place from here on: new arrays cost as much as the sums
-        move += xp.where(turned, 0.0, nu) * run.before
-        move += xp.where(turned, xp.where(kept, begin, 0.0), own * run.h) * slope
-        move += xp.where(turned, xp.where(kept, 0.0, begin), first * run.h) * run.slope
-        along, base = run.along, run.slope
-        if bool(xp.any(kept)):
-            x, base = xp.where(kept, x + run.move, x), xp.where(kept, slope, base)
-        if bool(xp.any(probed)):
-            along = xp.where(probed & (found > 0), slope - base, along)
-        if bool(xp.any(following.stage <= 0)):
-            move = xp.where(following.stage <= 0, _probe(x, along), move)
-        return x, following._replace(slope=base, move=move, before=run.move, along=along)
+
+        move, before, along, base = run.move, run.before, run.along, run.slope  # overwritten from here on: new arrays cost as much as sums
+        _put(probed & (found > 0), along, lambda at: at(slope) - at(base))
+        _put(kept, x, lambda at: at(x) + at(move))
+        _put(kept, base, lambda at: at(slope))
+        _put(turned & ~kept, slope, lambda at: at(base))
+        for vector in (move, before):
+            _put(ended & ~xp.isfinite(error), vector, lambda at: 0.0 * at(base))
+        before *= xp.where(turned, 0.0, nu)
+        before += xp.where(turned, 0.0, mu) * move
+        before += xp.where(turned, begin, own * run.h) * slope
+        before += xp.where(turned, 0.0, first * run.h) * base
+        _put(following.stage <= 0, before, lambda at: _probe(at(x), at(along)))
+        return x, following._replace(slope=base, move=before, before=move, along=along)
 
     def _error(self, x: Array, h: Array, slope: Array, slope_new: Array, move: Array) -> Array:
         """The error of a step over its tolerance, (B, 1)."""
@@ -151,13 +149,18 @@ def _curvature(slope: Array, slope_new: Array, move: Array) -> Array:
 
 def _at(mask: Array, function: Callable[..., Array], *arrays: Array) -> Array:
     """A function of the runs where the mask (B, 1) is true, infinity elsewhere, (B, 1)."""
-    xp = namespace(*arrays)
-    out = xp.full_like(mask, np.inf, dtype=arrays[0].dtype)
+    out = namespace(*arrays).full_like(mask, np.inf, dtype=arrays[0].dtype)
+    _put(mask, out, lambda at: function(*map(at, arrays)))
+    return out
+
+
+def _put(mask: Array, out: Array, function: Callable[[Callable[[Array], Array]], Array]) -> None:
+    """Overwrite the runs of `out` where the mask (B, 1) is true by a function of them; `at` takes these runs of an array."""
     rows = np.flatnonzero(to_numpy(mask))
     if len(rows):
-        at = xp.asarray(rows, device=device_of(arrays[0]))
-        out[mask[:, 0]] = function(*(xp.take(a, at, axis=0) for a in arrays))
-    return out
+        xp = namespace(out)
+        index = xp.asarray(rows, device=device_of(out))
+        out[mask[:, 0]] = function(lambda array: xp.take(array, index, axis=0))
 
 
 def _weights(stage: Array, stages: Array) -> tuple[Array, Array, Array, Array]:

@@ -139,6 +139,18 @@ def test_a_cell_does_not_depend_on_its_grid() -> None:
     assert grid.value[own[0]] <= local_minima(problem.cell(1), starts=1, seed=3).value[0] * (1 + 1e-13)
 
 
+@pytest.mark.parametrize("keep", [1, 3])
+def test_nor_do_the_starts_given_up_early(keep: int) -> None:
+    """What is well above the lowest is that of the own cell, whatever the values beside it."""
+    problem = linear([1] * 6, 2, np.array([1e-5, 3e-2, 1e-3]))
+    grid = local_minima(problem, starts=5, seed=3, keep=keep)
+    for g in range(3):
+        alone, own = local_minima(problem.cell(g), starts=5, seed=3, keep=keep), grid.of(g)
+        assert alone.value == pytest.approx(grid.value[own], rel=1e-13)
+        assert alone.reached.tolist() == grid.reached[own].tolist()
+        assert alone.steps[0] == grid.steps[g]
+
+
 def test_results_fill_their_shape() -> None:
     """One row a run whatever was found: a single minimum (zero) is repeated."""
     found = ufm.solve(linear([1] * 3, 3, np.array([1e-2, 3.0])), method="multistart", runs=4)
@@ -220,7 +232,7 @@ def test_minima_come_back_from_disk(tmp_path: Path) -> None:
     [
         ({"features": "relu"}, "features='free'"),
         ({"activation": "relu"}, "activation='linear'"),
-        ({"lam_b": 0.1}, "no bias"),
+        ({"lam_b": 0.1}, "lam_b=None"),
         ({"loss": ufm.Focal(2.0)}, "a convex loss"),
         ({"lam_h": 0.0}, "every penalty positive"),
     ],
@@ -235,5 +247,17 @@ def test_options_are_checked() -> None:
     problem = linear([1] * 3, 2, 1e-2)
     with pytest.raises(ValueError, match="makes its own starts"):
         ufm.solve(problem, method="multistart", start=ufm.starts.normal())
-    with pytest.raises(ValueError, match="starts is 0"):
-        local_minima(problem, starts=0)
+    for name, value in (("starts", 0), ("keep", 0), ("keep", -1), ("keep", 1.5)):
+        with pytest.raises(ValueError, match=f"{name} is {value}, but must be a whole number"):
+            local_minima(problem, **{name: value})
+    with pytest.raises(TypeError, match="local_minima: problem is None"):
+        local_minima(None)  # type: ignore[arg-type]
+
+
+def test_why_a_run_ended_is_told_against_the_tolerance() -> None:
+    """Nothing comes below 1e-18 in float64, so that tolerance is not met, and the record must not say that it was."""
+    problem = linear([1] * 4, 2, 1e-2)
+    for tol, expected in ((1e-9, ufm.records.Stop.GRADIENT), (1e-18, ufm.records.Stop.STALLED)):
+        found = ufm.solve(problem, method="multistart", runs=2, tol=tol)
+        assert found.stop == (expected,) * 2
+        assert np.all((found.gradient_norm <= tol) == (expected is ufm.records.Stop.GRADIENT))

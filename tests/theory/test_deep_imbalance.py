@@ -108,6 +108,17 @@ def test_scale_along_a_ray(counts: tuple[int, ...], depth: int) -> None:
         assert abs(around[np.argmin(values)] / beta - 1) < 4e-3
 
 
+@pytest.mark.parametrize("faint", [1e-2, 1e-5, 1e-8])
+def test_rays_of_faint_singular_values_are_found_too(faint: float) -> None:
+    """A square with a little of the simplex labels: its scale along the ray is the lowest point of a fine grid, however faint."""
+    counts, lam, depth = (6, 6, 2, 2), 1e-3, 3
+    M = deep_points.polygon(4).pattern(np.ones(1)) + faint * deep_imbalance.simplex_labels(4)
+    level = deep_points.levels(deep_imbalance.along(M, counts), lam, depth)
+    grid = [float(plain_value(b * M, counts, lam, depth)) for b in level.scales[0] * np.geomspace(0.5, 2, 401)]
+    assert level.value == pytest.approx(grid[200], rel=1e-12)
+    assert level.value <= min(grid) * (1 + 1e-13)
+
+
 def test_lower_rank_overtakes() -> None:
     """From the depth told on, pairs and the polygon lie below generalised DNC and below the simplex labels, at every lambda where it is."""
     counts = step_counts(6, 5, 10)
@@ -146,6 +157,7 @@ def test_the_depth_told_is_exact_for_the_penalties() -> None:
             NoTheory,
             "rank of M is 3, but must be below 3",
         ),
+        (lambda: deep_imbalance.overtaking_depth(np.eye(3), -np.eye(3), [1, 1, 1]), ValueError, "largest gap of X is -1"),
         (lambda: deep_imbalance.least_rank(1), ValueError, "K is 1"),
     ],
 )

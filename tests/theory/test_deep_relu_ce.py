@@ -155,3 +155,9 @@ def test_pairs_overtake_orthogonal_collapse_from_a_penalty_on(K: int, L: int) ->
 def test_door(call: Any, words: str) -> None:
     with pytest.raises(NoTheory, match=words):
         call()
+
+
+@pytest.mark.parametrize("blocks", [[], [deep_relu.orthogonal(2, 2), deep_relu.orthogonal(2, 3)]], ids=["none", "two depths"])
+def test_a_sum_has_one_depth(blocks: list[Block]) -> None:
+    with pytest.raises(ValueError, match=r"deep_relu_ce\.code: the blocks have depths"):
+        deep_relu_ce.cross_entropy(blocks, 1e-3)

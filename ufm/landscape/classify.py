@@ -43,7 +43,8 @@ def classify(problem: Problem, factors: Sequence[Array], *, polish: bool = True,
 
     polish: points with a scale-free gradient norm above 1e-6 go through L-BFGS first; one whose value changes by more than 1e-3 of it, or
     whose rank changes, was on its way elsewhere and stays "unconverged". Class logits are without the bias; cross-entropy's have centred
-    columns. inertia: count the Hessian's eigenvalues (see `hessian`; exact at any width for linear chains, slow for wide ReLU chains).
+    columns. inertia: count the Hessian's eigenvalues (see `hessian`; for linear chains exact at any width up to rank 36 or so, at saddles
+    of a higher one NaN; slow for wide ReLU chains).
     ValueError or TypeError on bad input.
     """
     rows, points = per_run("classify", problem, factors)
@@ -67,6 +68,8 @@ def classify(problem: Problem, factors: Sequence[Array], *, polish: bool = True,
         reason[b] = f"no structure of the catalogue; scale-free gradient norm {gradient_norm[b]:.1e}, {effort[b]}"
     draft = _Draft(M, value, _lambda_eff(rows), kind, name, reason, np.full(len(x), np.nan))
     _name(draft, rows, points, nothing, settled, lost)
+    for b in np.flatnonzero(~settled & (draft.kind != "other")).tolist():
+        draft.reason[b] += f"; not stationary: scale-free gradient norm {gradient_norm[b]:.1e}"
     judged = [np.full(len(x), np.nan) for _ in range(3)]
     at = np.flatnonzero(settled)
     if inertia and len(at):
@@ -161,7 +164,8 @@ class _Draft:
 def _name(draft: _Draft, rows: Problem, points: Sequence[Floats], nothing: Mask, settled: Mask, lost: Mask) -> None:
     """Zero, then the catalogue, then block simplices as the logits show them; collapse by its shape alone where it has no closed form.
 
-    Minima of ReLU chains lie at kinks, where no gradient vanishes: there the logits and the value of a structure are enough.
+    Minima of ReLU chains lie at kinks, where no gradient vanishes: there the logits and the value of a structure are enough. The graph
+    solution and odd shifted pairs are no minima as constructed: descent leaves them.
     """
     features, weights, bias = points[:1], points[1 : rows.depth + 1], points[rows.depth + 1 :]
     at = np.flatnonzero(nothing)

@@ -52,8 +52,11 @@ def structures(problem: Problem) -> list[Structure]:
         return [Structure("dnc", "DNC", frame)]
     found = [("dnc", "DNC", [deep_relu.orthogonal(K, L)])]
     r = int((1 + np.sqrt(1 + 8 * K)) / 2)
-    if L > 2 and r > 2 and r * (r - 1) == 2 * K:
+    triangular = r > 2 and r * (r - 1) == 2 * K
+    if L > 2 and triangular:
         found.append(("graph", "graph solution", [deep_relu.graph(r, L)]))
+    if plain and triangular and r > 3:
+        found.append(("code", f"nonnegative T({r})", [deep_relu_ce.graph_code(r, L)]))
     if plain:
         found.append(("blocks", "shifted pairs", deep_relu_ce.paired(K, L)))
         return [_of_code(kind, name, deep_relu_ce.code(some), L) for kind, name, some in found]

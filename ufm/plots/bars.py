@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 WIDTH = 0.86  # of a bar, in distances of their middles
+LETTERS = 24  # along the axis, beyond which its names are written aslant
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -28,6 +29,7 @@ class Bars:
 
     x: the points' names along the axis, text or numbers, in order and equally far apart. names, colours: of the outcomes. unsettled
     (P,): runs that belong to no outcome yet, none by default; `untrusted` says in the legend why. Shares are of all runs of the point.
+    shared: whether the legend names outcomes that occur at no point here too, in order, for panels that have it in common.
     """
 
     x: Sequence[Any]
@@ -38,6 +40,7 @@ class Bars:
     untrusted: str = "not settled"
     title: str = ""
     labels: tuple[str, str] = ("", "share of runs")
+    shared: bool = False
 
     def __post_init__(self) -> None:
         counts, many = np.asarray(self.counts), len(self.x)
@@ -100,8 +103,9 @@ class Bars:
 
     @property
     def keys(self) -> list[Key]:
-        """The legend: outcomes that occur, and hatching where some run is not settled."""
-        named = [Key(n, colours=(c,)) for n, c, some in zip(self.names, self.colours, self.counts.any(axis=1), strict=True) if some]
+        """The legend: outcomes that occur, or all, and hatching where some run is not settled."""
+        occurs = self.counts.any(axis=1) | self.shared
+        named = [Key(n, colours=(c,)) for n, c, some in zip(self.names, self.colours, occurs, strict=True) if some]
         return [*named, *([Key(self.untrusted, kind="hatch", hatch=HATCH)] if self.unsettled.any() else [])]
 
 
@@ -111,6 +115,11 @@ def wilson(count: Any, total: Any, level: float = 0.95) -> tuple[Floats, Floats]
     middle = (share + z**2 / (2 * total)) / (1 + z**2 / total)
     half = z / (1 + z**2 / total) * np.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
     return np.minimum(np.maximum(middle - half, 0.0), share), np.maximum(np.minimum(middle + half, 1.0), share)
+
+
+def letters(names: Sequence[str]) -> int:
+    """How many letters stand side by side: those of the longest line of each name."""
+    return sum(max(map(len, name.split("\n"))) for name in names)
 
 
 class Drawn(NamedTuple):
@@ -136,7 +145,8 @@ def draw_bars(data: Bars, axes: Axes | None = None) -> Drawn:
     (left, right), height = data.ends
     axes.set_xlim(left, right)
     axes.set_ylim(*height)
-    axes.set_xticks(list(data.ticks[0]), list(data.ticks[0].values()))
+    slanted: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if letters(data.x) > LETTERS else {}
+    axes.set_xticks(list(data.ticks[0]), list(data.ticks[0].values()), **slanted)
     axes.set_title(data.title, loc="left")
     axes.set_xlabel(data.labels[0])
     axes.set_ylabel(data.labels[1])

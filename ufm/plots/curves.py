@@ -112,6 +112,7 @@ def draw_curves(data: Curves, axes: Axes | None = None) -> Drawn:
         look: dict[str, Any] = {"s": size**2, "marker": c.marker, "edgecolors": c.colour, "linewidths": 0.7}
         markers.append(axes.scatter(c.x, c.y, facecolors=faces, zorder=3, clip_on=False, **look))
     axes.set_ylim(*data.limits)
+    maps.thin(axes, data.log)
     if data.ticks:
         axes.set_xticks(data.ticks, [f"{tick:g}" for tick in data.ticks])
         axes.set_xticks([], minor=True)

@@ -36,15 +36,32 @@ class Keyed(Protocol):
         ...
 
 
+RANKED = ("patch", "curve")
+
+
 def merged(panels: Iterable[Keyed]) -> list[Key]:
-    """The entries of all panels: one a label and kind, with all its colours from light to dark; patches first, lines and points last."""
+    """The entries of all panels: one a label and kind, with all its colours from light to dark; patches first, lines and points last.
+
+    A patch or curve that only a later panel has comes before what follows it there; other entries in the order of the panels.
+    """
     found: dict[tuple[str, str], Key] = {}
-    for key in (key for panel in panels for key in panel.keys):
-        known = found.get((key.label, key.kind), replace(key, colours=()))
-        colours = sorted(dict.fromkeys(known.colours + key.colours), key=_lightness, reverse=True)
-        found[key.label, key.kind] = replace(known, colours=tuple(colours))
+    names: list[tuple[str, str]] = []
+    for panel in panels:
+        keys = panel.keys
+        place = len(names)
+        for name in [(key.label, key.kind) for key in reversed(keys) if key.kind in RANKED]:
+            if name in names:
+                place = names.index(name)
+            else:
+                names.insert(place, name)
+        names += dict.fromkeys((key.label, key.kind) for key in keys if (key.label, key.kind) not in names)
+        for key in keys:
+            name = key.label, key.kind
+            known = found.get(name, replace(key, colours=()))
+            colours = sorted(dict.fromkeys(known.colours + key.colours), key=_lightness, reverse=True)
+            found[name] = replace(known, colours=tuple(colours))
     order = ["patch", "hatch", "curve", "line", "dot"]
-    return sorted(found.values(), key=lambda key: order.index(key.kind))
+    return sorted((found[name] for name in names), key=lambda key: order.index(key.kind))
 
 
 def legend(owner: Figure | Axes, *panels: Keyed, **options: Any) -> Legend:

@@ -125,6 +125,7 @@ class Drawn(NamedTuple):
 
 
 MANY_DECADES = 1e9  # ends of a logarithmic axis from which on not every decade has a tick
+FEW = 50.0  # ends of one below which 2 and 5 times the decades have numbers too, written plainly
 RIM = 0.6  # points of white on both sides of a line with a halo
 
 
@@ -164,14 +165,18 @@ def scale(axes: Axes, log: tuple[bool, bool]) -> None:
 
 
 def thin(axes: Axes, log: tuple[bool, bool]) -> None:
-    """Fewer ticks on a logarithmic axis of very many decades, whose numbers would run into each other."""
-    from matplotlib.ticker import LogLocator, NullLocator
+    """Fewer ticks on a logarithmic axis of very many decades, whose numbers would run into each other; 1, 2, 5 on a very short one."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     for axis, is_log in zip((axes.xaxis, axes.yaxis), log, strict=True):
         low, high = axis.get_view_interval()
         if is_log and high > MANY_DECADES * low:
             axis.set_major_locator(LogLocator(numticks=6))
             axis.set_minor_locator(NullLocator())
+        elif is_log and high < FEW * low:
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:g}"))
+            axis.set_minor_formatter(NullFormatter())
 
 
 def corners(x: Floats, y: Floats, where: Mask) -> Floats:

@@ -80,7 +80,7 @@ def figure(rows: Sequence[Sequence[Panel | None]], height: int = 380) -> Figure:
     places = {(r, c): panel for r, row in enumerate(rows, 1) for c, panel in enumerate(row, 1) if panel is not None}
     titles = [style.html(places[r, c].title) if (r, c) in places else "" for r in range(1, len(rows) + 1) for c in range(1, columns + 1)]
     drawn = make_subplots(
-        len(rows), columns, subplot_titles=titles, horizontal_spacing=0.22 / columns**1.2, vertical_spacing=0.2 / len(rows)
+        len(rows), columns, subplot_titles=titles, horizontal_spacing=0.28 / columns**1.2, vertical_spacing=0.2 / len(rows)
     )
     axes: dict[Any, str] = {}
     for (r, c), panel in places.items():
@@ -146,7 +146,9 @@ def _axes(panel: Panel) -> Iterator[dict[str, Any]]:
     for label, log, (low, high), ticks in zip(panel.labels, panel.log, limits, named, strict=True):
         ends = [float(np.log10(end)) if log else float(end) for end in (low, high)]
         look = {"showline": True, "mirror": True, "ticks": "outside", "showgrid": False, "zeroline": False}
-        decades = {"type": "log", "dtick": -(-abs(ends[1] - ends[0]) // 9), "minor": MINOR, "exponentformat": "power"}
+        span = abs(ends[1] - ends[0])
+        every = "D2" if span < np.log10(maps.FEW) else 1 if span <= np.log10(maps.MANY_DECADES) else -(-span // 5)
+        decades = {"type": "log", "dtick": every, "minor": MINOR, "exponentformat": "power"}
         powers: dict[str, Any] = decades if log else {"type": "linear"}
         if ticks:
             powers |= {"tickvals": list(ticks), "ticktext": [style.html(text) for text in ticks.values()], "minor": None}

@@ -62,7 +62,7 @@ def solve(
 
     if method in SEARCHES:
         with threadpool_limits(1):
-            found = SEARCHES[method](problem, runs, seeds("solve", seed, problem.cells))
+            found = SEARCHES[method](problem, runs, seeds("solve", seed, problem.cells), tol)
             if progress is not None:
                 progress(len(found.x))
             return _solution(problem.pick(np.repeat(np.arange(problem.cells), runs)), [found], device)

@@ -95,7 +95,7 @@ def local_minima(problem: Problem, *, starts: int = 20, seed: int | Sequence[int
     by default. ValueError where the reduction to class logits does not hold: a bias, an activation, features that are not free, a loss
     not known to be convex, a penalty that is 0.
     """
-    _check(problem, starts)
+    _check(problem, starts, keep)
     means = replace(problem, columns="means")
     F = Reduced.of(means)
     X, cell = _starts(means, seeds("local_minima", seed, problem.cells), starts)
@@ -117,10 +117,11 @@ def local_minima(problem: Problem, *, starts: int = 20, seed: int | Sequence[int
     return _record(means, F, found, np.bincount(cell), many, steps)
 
 
-def multistart(problem: Problem, runs: int, seed: Sequence[int]) -> Outcome:
+def multistart(problem: Problem, runs: int, seed: Sequence[int], tol: float) -> Outcome:
     """The `runs` lowest distinct local minima of each cell, from as many random starts a rank, cell-major, as balanced factors.
 
-    Where a cell has fewer, its best is repeated. steps are the gradient evaluations of the whole cell.
+    Where a cell has fewer, its best is repeated. steps are the gradient evaluations of the whole cell. Newton's method goes to the floor
+    of float64 in any case: tol only tells Stop.GRADIENT from Stop.STALLED.
     """
     found = local_minima(problem, starts=runs, seed=seed)
     chosen = []
@@ -135,15 +136,17 @@ def multistart(problem: Problem, runs: int, seed: Sequence[int]) -> Outcome:
     s = np.where(np.arange(rows.classes) < found.rank[chosen, None], s, 0.0)
     frame = balanced(rows)
     x = frame.aligned(U, s, np.take_along_axis(Vt, rows.labels[:, None, :], axis=2) * share[:, None, :], [])
-    stop = tuple(Stop.GRADIENT if size <= 1e-9 else Stop.STALLED for size in frame.scale_free_norm(x))
+    stop = tuple(Stop.GRADIENT if size <= tol else Stop.STALLED for size in frame.scale_free_norm(x))
     return Outcome(x, stop, found.steps[found.cell[chosen]], np.ones(len(x), dtype=np.int64))
 
 
-def _check(problem: Problem, starts: int) -> None:
+def _check(problem: Problem, starts: int, keep: int | None) -> None:
+    if not isinstance(problem, Problem):
+        raise TypeError(f"local_minima: problem is {problem!r}, but must be a ufm.Problem")
     needs = {
         "features='free'": problem.features == "free",
         "activation='linear'": problem.activation == "linear" or problem.depth == 1,
-        "no bias": problem.lam_b is None,
+        "lam_b=None": problem.lam_b is None,
         "a convex loss": isinstance(problem.loss, ConvexLoss),
         "every penalty positive": bool(np.all(problem.lam_w > 0) and np.all(problem.lam_h > 0)),
     }
@@ -152,8 +155,9 @@ def _check(problem: Problem, starts: int) -> None:
         raise ValueError(
             f"local_minima: the problem is not reduced to its class logits without {missing[0]}; use method='robust' or 'lbfgs'"
         )
-    if isinstance(starts, bool) or not isinstance(starts, (int, np.integer)) or starts < 1:
-        raise ValueError(f"local_minima: starts is {starts!r}, but must be a whole number, at least 1")
+    for name, value in (("starts", starts), ("keep", 1 if keep is None else keep)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+            raise ValueError(f"local_minima: {name} is {value!r}, but must be a whole number, at least 1")
 
 
 def codes(K: int, rank: int) -> list[Floats]:

@@ -89,7 +89,8 @@ class Tied:
         g, H = self._slope_and_curve(x, level, depth)
         singular, _ = self.spectrum(x)
         size = level[..., None] * singular.max(axis=-1, keepdims=True) ** (deep_scale.exponent(depth) - 1)
-        found = (np.abs(g) <= 1e-10 * size).all(axis=-1) & (np.linalg.eigvalsh(H)[..., 0] > 0) & (singular.min(axis=-1) > 1e-3)
+        kept = (singular > 1e-3 * self.spectrum(self.limit)[0]).all(axis=-1)
+        found = (np.abs(g) <= 1e-10 * size).all(axis=-1) & (np.linalg.eigvalsh(H)[..., 0] > 0) & kept
         return np.where((found & (lam > 0))[..., None], x, np.nan)
 
     def _slope_and_curve(self, x: Floats, lam: Floats, depth: int) -> tuple[Floats, Floats]:

@@ -126,12 +126,15 @@ def overtaking_depth(M: ArrayLike, X: ArrayLike, counts: ArrayLike) -> int:
 
     M is scaled so that every gap of its columns is at least the largest gap of the same column of X, so it fits better at equal scale;
     with singular values m_i of M D^{1/2}, x_i of X D^{1/2} its penalty is smaller iff sum m_i^p < sum x_i^p, which holds for good once
-    p log(m_1/x_r) < log(r/q). The least such L after which it never fails. ValueError unless M is diagonally superior, NoTheory unless
-    its rank q is below the rank r of X.
+    p log(m_1/x_r) < log(r/q). The least such L after which it never fails. ValueError unless M is diagonally superior and X has a
+    positive gap (without one its best scale is 0), NoTheory unless the rank q of M is below the rank r of X.
     """
     low, high, n = (np.asarray(a, dtype=np.float64) for a in (M, X, counts))
     _superior("overtaking_depth", low)
-    low = low * (np.maximum(_gaps(high).max(axis=0), 0.0) / _gaps(low).min(axis=0)).max()
+    most = _gaps(high).max(axis=0)
+    if most.max() <= 0:
+        raise ValueError(f"deep_imbalance.overtaking_depth: the largest gap of X is {most.max():.6g}, but must be positive; turn X around")
+    low = low * (np.maximum(most, 0.0) / _gaps(low).min(axis=0)).max()
     m, x = (_spectrum(a * np.sqrt(n)) for a in (low, high))
     if len(m) >= len(x):
         raise NoTheory(f"deep_imbalance.overtaking_depth: the rank of M is {len(m)}, but must be below {len(x)}, the rank of X")

@@ -113,7 +113,7 @@ def squared_error(blocks: Sequence[Block], lam: ArrayLike) -> Levels:
     fit = sum_b (k_b/K)(1 - z_b)^2/2; each z is the larger root of (k_b/K)(1 - z) z^{(L-1)/(L+1)} = lambda_eff C_b. At one scale for all,
     as for one block, the value depends on lambda_eff C alone and rises in it: a smaller C is better at every lambda_eff.
     """
-    depth, K = _sizes("squared_error", blocks)
+    depth, K = sizes("deep_relu.squared_error", blocks)
     level = np.asarray(lam, dtype=np.float64)
     scales, fit, penalty = [], np.zeros(level.shape), np.zeros(level.shape)
     for block in blocks:
@@ -129,7 +129,7 @@ def squared_error(blocks: Sequence[Block], lam: ArrayLike) -> Levels:
 
 def largest(blocks: Sequence[Block]) -> float:
     """The largest lambda_eff at which every scale of `squared_error` exists: t = (L+1)/(2L) there, which is above the value 1/2 of zero."""
-    depth, K = _sizes("largest", blocks)
+    depth, K = sizes("deep_relu.largest", blocks)
     return min(block.classes / K * _fold(depth)[1] / cost(block) for block in blocks)
 
 
@@ -166,7 +166,7 @@ def factors(
     H (d, K) of class means, W_l (d, d), W_L (K, d); lam_w (L,). centred: W_L without its column means, for cross-entropy. NoTheory where a
     scale does not exist (NaN); ValueError where d is below the units needed or lam_w has another depth.
     """
-    depth, K = _sizes("factors", blocks)
+    depth, K = sizes("deep_relu.factors", blocks)
     z, w = np.asarray(scales, dtype=np.float64), np.asarray(lam_w, dtype=np.float64)
     units = sum(block.width for block in blocks)
     if w.shape != (depth,) or z.shape != (len(blocks),):
@@ -217,11 +217,11 @@ def _fold(depth: int) -> tuple[float, float]:
     return t, t * (1 - t) ** ((depth - 1) / (depth + 1))
 
 
-def _sizes(call: str, blocks: Sequence[Block]) -> tuple[int, int]:
-    """(L, K) of a direct sum."""
+def sizes(call: str, blocks: Sequence[Block]) -> tuple[int, int]:
+    """(L, K) of a direct sum; ValueError naming the call without blocks of one depth."""
     depths = {block.depth for block in blocks}
     if len(depths) != 1:
-        raise ValueError(f"deep_relu.{call}: the blocks have depths {sorted(depths)}, but must have one depth; build them alike")
+        raise ValueError(f"{call}: the blocks have depths {sorted(depths)}, but must have one depth; build them alike")
     return depths.pop(), sum(block.classes for block in blocks)
 
 

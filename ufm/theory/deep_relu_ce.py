@@ -63,7 +63,7 @@ def code(blocks: Sequence[Block]) -> Code:
 
     Its Parts have sigma = 1 and rank = C; the pattern is the class logits, columns centred.
     """
-    K = sum(block.classes for block in blocks)
+    K = deep_relu.sizes("deep_relu_ce.code", blocks)[1]
     parts = []
     for block in blocks:
         gaps, many = zip(*block.inside, (block.own, K - block.classes), strict=True)
