@@ -38,8 +38,8 @@ def overtaken(changes: sweep.Table, depth: int) -> Curves:
     curves = []
     for kind in np.unique(kinds):
         K, lam = changes["K"][kinds == kind], changes["lam"][kinds == kind]
-        x = np.unique(K)
-        y = np.array([lam[K == k].max() for k in x])
+        x = np.arange(K.min(), K.max() + 1)
+        y = np.array([lam[K == k].max() if k in K else np.nan for k in x])  # no line across classes without this crossover
         name = optima.KINDS[kind]
         curves.append(Curve(x, y, y, y, f"to {name}", optima.COLOURS[name], MARKERS[kind % len(MARKERS)]))
     limits = (0.5 * float(changes["lam"].min()), 2.0 * float(changes["lam"].max()))

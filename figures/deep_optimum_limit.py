@@ -28,8 +28,8 @@ def make(table: sweep.Table) -> stored.Drawing:
     panels = [[structures(margins), constants(margins), ends(atlas)]]
     caption = (
         r"Left, middle: $R^*(K,L)=\min$ Σ $s_i(M)^p$, $p=2/(L+1)$, over logits with margins at least 1; as the penalty vanishes "
-        r"the optimum of $F$ is $(\lambda/2)(L+1)R^*(\log 1/\lambda)^p$. $R=K-1$ at deep neural collapse. Best found, not proven; "
-        f"residual of the conditions of a minimum at most {np.nanmax(margins['residual']):.0e}. "
+        r"the optimum of $F$ is $(\lambda/2)(L+1)R^*(\log 1/\lambda)^p$ to leading order. $R=K-1$ at deep neural collapse. "
+        f"Best found, not proven; residual of the conditions of a minimum at most {np.nanmax(margins['residual']):.0e}. "
         r"Right: the penalty $\lambda_0$ from which on zero is best; $1/K$ at $L=1$."
     )
     return stored.Drawing(panels, "Limits: no penalty, and the largest", caption, height=3.9, ncols=5)

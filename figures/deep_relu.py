@@ -65,6 +65,7 @@ def found(table: sweep.Table) -> stored.Drawing:
     rows = {loss: rows_of(table, panel="search", loss=loss) for loss in LOSSES}
     first = rows["MSE"][0]
     share = first["shares"][first["down"]]
+    random = [row for row in rows["MSE"] if row["origin"] == "random"] or rows["MSE"]
     K = max(k for k in {row["K"] for row in rows["MSE"]} if k <= 10)
     most = 100 * max(abs(row["ratios"][row["down"]] - 1) for own in rows.values() for row in own if row["ratios"][row["down"]] < 1.1)
     panels = [
@@ -74,11 +75,11 @@ def found(table: sweep.Table) -> stored.Drawing:
     caption = (
         r"ReLU chains, $n=1$, $d=2K$, one penalty $\lambda$ on every factor; $\lambda_{\max}$: the largest at which DNC, the orthogonal "
         "frame, is critical. Best value found from the explicit graph solution, nonnegative T(r) and shifted pairs ("
-        f"{min(row['starts'] for row in rows['MSE'])} starts each) and from {max(row['starts'] for row in rows['MSE'])} random starts "
-        rf"($K\leq 6$), polished by L-BFGS (at most {first['steps']} steps), over DNC's exact value. Each is the value of explicit "
-        "factors, so below DNC is proven; how far the optimum lies below, is not: minima lie at kinks of the ReLU, where no "
-        "gradient is zero (what each point is worth: the interactive figure). Red, hollow: nothing below DNC was found. Curves end where "
-        "zero is lower."
+        f"{min(row['starts'] for row in rows['MSE'])} starts each) and from {max(row['starts'] for row in random)} random starts "
+        rf"($K\leq {max(row['K'] for row in random)}$), polished by L-BFGS (at most {first['steps']} steps), over DNC's exact value. "
+        "Each is the value of explicit factors, so below DNC is proven; how far the optimum lies below, is not: minima lie at kinks of "
+        "the ReLU, where no gradient is zero (what each point is worth: the interactive figure). Red, hollow: nothing below DNC was "
+        "found; blank: not searched. Curves end where zero is lower."
     )
     return stored.Drawing(panels, "What lies below deep neural collapse in deep ReLU chains", caption, height=5.0, ncols=6)
 
@@ -119,7 +120,8 @@ def over_lambda(rows: list[Row], K: int, title: str) -> plots.Curves:
         curves.append(plots.Curve(own[0]["shares"], ratio, ratio, ratio, f"$L={L}$", colour, marker, ~(ratio >= 1 - 1e-9), hover))
     low = min((float(np.nanmin(curve.y, initial=1.0)) for curve in curves), default=0.0)
     labels = (r"$\lambda/\lambda_{\max}$ of DNC", RATIO)
-    return plots.Curves(curves, title=title, labels=labels, limits=(low - 0.03, 1.06), hollow=UNPROVEN)
+    high = max((float(np.nanmax(curve.y, initial=1.0)) for curve in curves), default=1.0)
+    return plots.Curves(curves, title=title, labels=labels, limits=(low - 0.03, max(1.06, high + 0.03)), hollow=UNPROVEN)
 
 
 def told(row: Row, s: int) -> str:
@@ -148,7 +150,7 @@ def solutions(table: sweep.Table) -> stored.Drawing:
         rows = rows_of(table, panel="search", loss=loss, origin=begun)
         row = min(rows, key=lambda r: (abs(r["K"] - 10), abs(r["depth"] - depth)))
         panels[0].append(ratios(rows, f"{LOSSES[loss]}, {ORIGINS[begun]}"))
-        panels[1].append(spectrum(row, f"{loss}, $K={row['K']}$, $L={row['depth']}$"))
+        panels[1].append(spectrum(row, f"{loss}, $K={row['K']}$, $L={row['depth']}$", loss == "CE"))
     caption = (
         "Top: value over DNC's at a tenth of the largest $\\lambda$ at which DNC is critical: explicit solutions (classes are the edges of "
         "a complete graph, $K=r(r-1)/2$), and the same after polishing. Bottom: singular values of the "
@@ -177,8 +179,8 @@ def ratios(rows: list[Row], title: str) -> plots.Curves:
     return plots.Curves(curves, title=title, labels=("classes $K$", RATIO), limits=limits, ticks=classes, hollow=UNPROVEN)
 
 
-def spectrum(row: Row, title: str) -> plots.Matrix:
-    """Singular values of the layers, over the largest of each."""
+def spectrum(row: Row, title: str, bar: bool) -> plots.Matrix:
+    """Singular values of the layers, over the largest of each; one bar for the panels of a row."""
     L = row["depth"]
     s = np.asarray(row["spectra"], dtype=np.float64)[: 2 * L, : row["K"]]
     layers = ["$H$", *(f"{part}{layer}" for layer in range(1, L) for part in ("pre ", "post ")), "$Z$"]
@@ -189,7 +191,7 @@ def spectrum(row: Row, title: str) -> plots.Matrix:
         colours="log",
         limits=(1e-6, 1.0),
         names=([str(i + 1) for i in range(s.shape[1])], layers),
-        bar="over the largest",
+        bar="over the largest" if bar else "",
     )
 
 
@@ -198,18 +200,19 @@ def descents(table: sweep.Table) -> stored.Drawing:
     width, lam, ce = (rows_of(table, panel=name) for name in ("width", "lambda", "cross-entropy"))
     squared = min(width, key=lambda row: abs(row["width"] - 30))
     panels = [
-        [paths(squared, "squared error"), paths(ce[0], "cross-entropy"), ends(width, "width", "width $d$", "over the width", True)],
+        [ends(width, "width", "width $d$", "over the width", True), paths(squared, "squared error"), paths(ce[0], "cross-entropy")],
         [
-            spectrum(squared, "its best seed"),
-            spectrum(ce[0], "its best seed"),
             ends(lam, "lam", r"$\lambda$", r"over $\lambda$: rank", False),
+            spectrum(squared, "its best seed", False),
+            spectrum(ce[0], "its best seed", True),
         ],
     ]
     caption = (
         rf"Gradient descent, step {squared['step']:g}, from $N(0,1/d)$, $K={squared['K']}$, $n={squared['n']}$; squared error: "
         rf"$L={squared['depth']}$, $d={squared['width']}$, $\lambda={squared['lam']:g}$ (Súkeník et al. 2024, Fig. 2); cross-entropy: "
         rf"$L={ce[0]['depth']}$, $d={ce[0]['width']}$, $\lambda=2^{{{np.log2(ce[0]['lam']):g}}}$ (Garrod & Keating 2025, Fig. 6); "
-        f"{squared['starts']} seeds, {squared['steps']} steps, then L-BFGS. Right: shares of seeds whose value ends within $10^{{-3}}$ of "
+        f"{squared['starts']} seeds, {squared['steps']} steps, then L-BFGS; ends are not certified: kinks leave "
+        "no gradient to vanish. Left, squared error: shares of seeds whose value ends within $10^{-3}$ of "
         "DNC's and more than that below (bands: 95 % Wilson intervals); mean rank of the class means before the last ReLU (bands: 1.96 "
         "standard errors)."
     )

@@ -20,6 +20,7 @@ COLUMNS = (
 )
 COLOURS = [style.OKABE_ITO[name] for name in ("blue", "green", "orange", "vermillion", "purple", "sky")]
 MARKERS = "os^Dvo"
+WIDTHS = style.ordered(9)[::2]  # one of another family than the depths'
 SHARE = 0.9  # of runs whose direction must have converged
 HOLLOW = f"< {100 * SHARE:.0f} % of directions converged"
 RANK = "effective rank of $Z$"
@@ -43,7 +44,7 @@ def make(table: sweep.Table) -> stored.Drawing:
         family(wide, "depth", "width", widths, "$d={}$", title="depth", labels=("depth $L$", RANK), limits=top),
         family(wide, "width", "depth", depths, "$L={}$", title="width", labels=("width $d$", RANK), limits=top, log=True),
         family(scaled, "scale", "depth", depths, "$L={}$", labels=("initial scale", RANK), limits=top, log=True, title="scale"),
-        margins(wide, widths[-1:]),
+        margins(wide),
     ]
     runs = [path(paths, i) for i in np.lexsort((paths["depth"], paths["start"] == "spectral"))]
     settled = int(np.sum(table["converged"] >= SHARE))
@@ -57,7 +58,7 @@ def make(table: sweep.Table) -> stored.Drawing:
         r"Schatten quasi-norm of $p=2/(L+1)$, as a share of the best catalogued code's. (e)-(g): one run each. "
         r"(h): $d=10$, median and quartiles of the spread of the $K-1$ singular values."
     )
-    title = "Without regularisation: depth lowers the rank of the logits, width raises it"
+    title = "Rank of the logits without regularisation, over depth, width and scale of the start"
     return stored.Drawing([ranks, [*runs, spread(spectral)]], title, caption, height=5.4, ncols=5)
 
 
@@ -68,7 +69,6 @@ def thinned(values: Sequence[int], most: int) -> list[int]:
 
 def family(rows: sweep.Table, x: str, by: str, values: Sequence[int], label: str, *, log: bool = False, **look: Any) -> Curves:
     """Effective rank over one column, a curve each value of another."""
-    offset = 0 if by == "width" else 4
     curves = []
     for i, value in enumerate(values):
         own = rows.where(**{by: value})
@@ -80,7 +80,7 @@ def family(rows: sweep.Table, x: str, by: str, values: Sequence[int], label: str
                 own["rank_low"],
                 own["rank_high"],
                 label.format(value),
-                style.ordered(9)[i + offset] if by == "width" else COLOURS[i],
+                WIDTHS[i] if by == "width" else COLOURS[i],
                 MARKERS[i],
                 own["converged"] >= SHARE,
                 told(own),
@@ -90,14 +90,14 @@ def family(rows: sweep.Table, x: str, by: str, values: Sequence[int], label: str
     return Curves(curves, log=(log, False), hollow=HOLLOW, ticks=ticks, **look)
 
 
-def margins(rows: sweep.Table, widths: Sequence[int]) -> Curves:
+def margins(rows: sweep.Table) -> Curves:
     """Normalised margin over depth, as a share of the best catalogued one, with DNC's."""
     curves = []
     for i, d in enumerate(thinned(np.unique(rows["width"]).tolist(), 4)):
         own = rows.where(width=d)
         own = own.pick(np.argsort(own["depth"]))
         y, low, high = (own[name] / own["best_margin"] for name in ("margin", "margin_low", "margin_high"))
-        curves.append(Curve(own["depth"], y, low, high, f"$d={d}$", style.ordered(9)[i], MARKERS[i], own["converged"] >= SHARE, told(own)))
+        curves.append(Curve(own["depth"], y, low, high, f"$d={d}$", WIDTHS[i], MARKERS[i], own["converged"] >= SHARE, told(own)))
     own = rows.where(width=int(rows["width"].min()))
     own = own.pick(np.argsort(own["depth"]))
     y = own["dnc_margin"] / own["best_margin"]

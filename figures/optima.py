@@ -32,7 +32,7 @@ COLOURS = {
     "icosahedron": style.OKABE_ITO["black"],
     "square antiprism": "#8C564B",
     "other blocks": style.OKABE_ITO["sky"],
-} | {f"other, rank {name}": colour for name, colour in zip((1, 2, 3, 4, 5, "6 or more"), style.ordered(6)[::-1], strict=True)}
+} | {f"other, rank {name}": colour for name, colour in zip((1, 2, 3, 4, 5, "6 or more"), style.ordered(7)[5::-1], strict=True)}
 KINDS = list(COLOURS)
 
 

@@ -123,7 +123,7 @@ def passed(runs: sweep.Table) -> Bars:
     shown, rest = sorted(names[:SHOWN]), names[SHOWN:]
     rows = [[count[name] for _, count in some] for name in shown]
     rows += [[sum(count[name] for name in rest) for _, count in some]] if rest else []
-    x = [f"$L={L}$\nscale {scale:g}\n({sum(count.values())})" for (L, scale), count in some] or ["no passage"]
+    x = [f"$L={L}$, {scale:g} ({sum(count.values())})" for (L, scale), count in some] or ["no passage"]
     return Bars(
         x=x,
         counts=np.array(rows).reshape(len(shown) + bool(rest), len(some)) if some else np.zeros((0, 1)),
@@ -132,7 +132,7 @@ def passed(runs: sweep.Table) -> Bars:
         unsettled=[count["none"] for _, count in some] or [1],
         untrusted="no critical point near",
         title="which ones",
-        labels=("", "share of passages"),
+        labels=("depth, scale (count)", "share of passages"),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -101,6 +102,12 @@ def still(drawing: Drawing) -> Figure:
     return figure
 
 
+def lettered(rows: Sequence[Sequence[report.Panel | None]]) -> list[list[report.Panel | None]]:
+    """The panels with (a), (b), ... before their titles, as the caption calls them."""
+    letters = map(chr, range(ord("a"), ord("z") + 1))
+    return [[panel and replace(panel, title=f"({next(letters)}) {panel.title}") for panel in row] for row in rows]
+
+
 def wrapped(text: str, width: int = 132) -> str:
     """The text in lines of about that many letters, formulas counted as they look and never broken."""
     lines = [""]
@@ -137,7 +144,7 @@ def write(drawings: Mapping[str, Drawing], out: Path) -> list[Path]:
         # the layout settles at the second drawing, where ticks depend on the panels' sizes: the picture that is looked at comes last
         drawn = {kind: style.render(figure, kind) for kind in (".pdf", ".png")}
         made |= {out / f"{name}{kind}": drawn[kind] for kind in (".png", ".pdf")}
-        page = plots.page(drawing.panels, name=name, title=drawing.title, caption=drawing.caption)
+        page = plots.page(lettered(drawing.panels), name=name, title=drawing.title, caption=drawing.caption)
         made[out / f"{name}.html"] = page
     out.mkdir(parents=True, exist_ok=True)
     report.put_program(out)

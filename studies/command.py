@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -92,6 +92,11 @@ def wilson(count: int, runs: int) -> tuple[float, float]:
 
     interval = binomtest(count, runs).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def evenly(values: Sequence[Any], count: int) -> list[Any]:
+    """`count` of the values, spread evenly, both ends included; all where there are no more."""
+    return [values[i] for i in np.unique(np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int))]
 
 
 def finish(out: Path, tables: Mapping[str, sweep.Table], summary: Mapping[str, Any], draw: Callable[[Path, Path], list[Path]]) -> int:

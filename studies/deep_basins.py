@@ -1,9 +1,10 @@
 """How often does descent end at deep neural collapse, and at which rank otherwise?
 
 Deep linear chain, cross-entropy, K balanced classes of n samples, one penalty lambda on every factor, all entries of all factors drawn
-from N(0, scale^2/d). Deep neural collapse (DNC) is a local minimum up to an exact lambda_eff and rarely the global one (Garrod & Keating
-2025, Figs 2 and 5). Gradient flow runs from every seed until it is stationary; each end point is named by its logits, held against the
-closed-form level of its structure, and the inertia of its Hessian says whether it is a local minimum. What is not counts as unconverged.
+from N(0, scale^2/d), then the samples of a class put at their mean (the exact reduction over n; one point of panel "method" leaves them
+apart). Deep neural collapse (DNC) is a local minimum up to an exact lambda_eff and rarely the global one (Garrod & Keating 2025, Figs 2
+and 5). Gradient flow runs from every seed until it is stationary; each end point is named by its logits, held against the closed-form
+level of its structure, and the inertia of its Hessian says whether it is a local minimum. What is not counts as unconverged.
 Panels: cuts over the width and over lambda at three scales (K = 10, n = 5, L = 2, d = 70, lambda = 2^-10 where not varied); maps over
 width and scale; cuts over the scale at four depths; the same seeds under other optimisers, which are different experiments.
 """
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 import ufm
 from studies.command import Options as Common
-from studies.command import finish, wilson
+from studies.command import evenly, finish, wilson
 from ufm import sweep
 from ufm.arrays import to_numpy
 from ufm.objective import chain_of
@@ -39,7 +40,10 @@ class Options(Common):
 
 @dataclass(frozen=True)
 class Size:
-    """Seeds of a point of a cut, of a cell of a map and of the optimisers; cells along an axis of a map and of a cut; widths."""
+    """Seeds of a point of a cut, of a cell of a map and of the optimisers; cells along an axis of a map and of a cut; widths, depths, K.
+
+    exponents: of the largest, the usual and the smallest lambda, as powers of 1/2.
+    """
 
     seeds: int = 100
     seeds_map: int = 24
@@ -48,9 +52,12 @@ class Size:
     points: int = 13
     width: int = 70
     widest: int = 200
+    depths: tuple[int, ...] = (1, 2, 3, 4)
+    K: int = 10
+    exponents: tuple[int, int, int] = (6, 10, 12)
 
 
-SIZES = {"full": Size(), "quick": Size(8, 4, 4, 3, 3, 40, 70), "smoke": Size(2, 2, 2, 2, 2, 12, 14)}
+SIZES = {"full": Size(), "quick": Size(8, 4, 4, 3, 3, 40, 70), "smoke": Size(2, 2, 2, 2, 2, 10, 20, (1, 2), 4, (4, 4, 5))}
 
 
 def main(options: Options) -> int:
@@ -69,16 +76,17 @@ def main(options: Options) -> int:
             label="basins",
         )
     tables = {f"rows_{count}_seeds": table.where(seeds=count) for count in np.unique(table["seeds"])}
-    return finish(options.folder, tables, {} if table.failures else summary(table), figure.draw)
+    return finish(options.folder, tables, {} if table.failures else summary(table), figure.draw_all)
 
 
 def points(options: Options) -> list[dict[str, Any]]:
     """Every point of every panel, the longest first, so that no worker is left alone with them."""
     size = SIZES[options.size]
-    base = {"K": 10, "n": 5, "depth": 2, "width": size.width, "lam": 2.0**-10, "scale": 1.0, "method": "flow", "columns": "means"}
+    most, middle, least = size.exponents
+    base = {"K": size.K, "n": 5, "depth": 2, "width": size.width, "lam": 2.0**-middle, "scale": 1.0, "method": "flow", "columns": "means"}
     rest = {"settled_below": 1e-9, "steps": 200_000, "device": options.device, "seed": options.seed}
     widths = [d for d in (10, 14, 20, 28, 40, 56, 70, 80, 100, 120, 140, 170, 200) if d <= size.widest]
-    strengths = [2.0**-e for e in _some(np.arange(6, 12.5, 0.5).tolist(), size.points)]
+    strengths = [2.0**-e for e in evenly(np.arange(most, least + 0.5, 0.5).tolist(), size.points)]
     scales = np.geomspace(0.25, 4.0, size.cells).tolist()
 
     def panel(name: str, seeds: int, **axes: Any) -> list[dict[str, Any]]:
@@ -86,19 +94,14 @@ def points(options: Options) -> list[dict[str, Any]]:
         return [{"panel": name, "seeds": seeds} | rest | point for point in sweep.grid(**usual | axes)]
 
     found = [
-        *panel("width", size.seeds, width=_some(widths, size.points), scale=SCALES),
+        *panel("width", size.seeds, width=evenly(widths, size.points), scale=SCALES),
         *panel("lambda", size.seeds, lam=strengths, scale=SCALES),
-        *panel("map", size.seeds_map, depth=[2, 3], width=_some(widths[:9], size.cells), scale=scales),
-        *panel("depth", size.seeds_map, depth=[1, 2, 3, 4], scale=scales),
+        *panel("map", size.seeds_map, depth=size.depths[1:3], width=evenly(widths[:9], size.cells), scale=scales),
+        *panel("depth", size.seeds_map, depth=size.depths, scale=scales),
         *panel("method", size.seeds_method, scale=[2.0], method=list(METHODS)),
         *panel("method", size.seeds_method, scale=[2.0], columns=["samples"]),
     ]
     return sorted(found, key=lambda p: -_effort(p))
-
-
-def _some(values: Sequence[Any], count: int) -> list[Any]:
-    """`count` of the values, spread evenly, both ends included."""
-    return [values[i] for i in np.unique(np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int))]
 
 
 def _effort(point: dict[str, Any]) -> float:

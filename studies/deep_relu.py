@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 import ufm
 from studies.command import Options as Common
-from studies.command import finish, wilson
+from studies.command import evenly, finish, wilson
 from studies.relu_points import kinks, ranks, spectra, subgradient, within
 from ufm import sweep
 from ufm.arrays import to_numpy
@@ -100,15 +100,10 @@ def points(options: Options) -> list[dict[str, Any]]:
         *searches("pairs", size.pairs, ["CE"], size.starts),
         *searches("code", [K for K in size.graphs if K > 3], ["CE"], size.starts, 2),
         *descents("cross-entropy", loss=["CE"], depth=[3], width=[70], lam=[2.0**-9]),
-        *descents("width", width=_some([80, 50, 30, 20, 15, 10], size.points)),
-        *descents("lambda", lam=_some([2.0**-e for e in (12, 11, 10, 9, 8, 7, 6)], size.points)),
+        *descents("width", width=evenly([80, 50, 30, 20, 15, 10], size.points)),
+        *descents("lambda", lam=evenly([2.0**-e for e in (12, 11, 10, 9, 8, 7, 6)], size.points)),
     ]
     return sorted(found, key=lambda p: -p["depth"] * p["width"] * p["K"] * p["n"] * p["starts"] * p["steps"])
-
-
-def _some(values: Sequence[Any], count: int) -> list[Any]:
-    """`count` of the values, spread evenly, both ends included."""
-    return [values[i] for i in np.unique(np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int))]
 
 
 def deep_relu_study(points: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[dict[str, Any]]:

@@ -178,7 +178,7 @@ def simulate(
 
 
 MANY_THREADS = 512  # width from which one product is worth more than one BLAS thread
-BYTES_PER_COORDINATE = 8 * 24  # of a run: blocks of 12 runs of 6,000 coordinates, or 200 of 400
+BYTES_PER_COORDINATE = 8 * 18  # of a run: blocks of 16 runs of 6,000 coordinates, or 250 of 400
 OWN_RECORDS = ("value", "gradient_norm", "time")
 
 
