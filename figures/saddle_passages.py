@@ -109,7 +109,7 @@ def apart(runs: sweep.Table) -> Curves:
     low, high = min(float(c.y.min()) for c in curves), max(float(c.y.max()) for c in curves)
     labels = ("gradient norm at the dip", "relative difference of $F$")
     ends = min(float(c.x[0]) for c in curves), max(float(c.x[-1]) for c in curves)
-    ticks = [x for x in (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3) if ends[0] <= x <= ends[1]]
+    ticks = [x for x in (1e-4, 1e-3, 0.01, 0.1, 1.0) if ends[0] <= x <= ends[1]]
     return Curves(curves, ticks=ticks, title="passages", labels=labels, log=(True, True), limits=(0.4 * low, 2.5 * high))
 
 

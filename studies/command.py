@@ -86,14 +86,6 @@ class Options:
                 )
 
 
-def wilson(count: int, runs: int) -> tuple[float, float]:
-    """The 95 % Wilson interval of the share count/runs."""
-    from scipy.stats import binomtest
-
-    interval = binomtest(count, runs).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
-
-
 def evenly(values: Sequence[Any], count: int) -> list[Any]:
     """`count` of the values, spread evenly, both ends included; all where there are no more."""
     return [values[i] for i in np.unique(np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int))]

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 import ufm
 from studies.command import Options as Common
-from studies.command import evenly, finish, wilson
+from studies.command import evenly, finish
 from ufm import sweep
 from ufm.arrays import to_numpy
 from ufm.objective import chain_of
@@ -123,7 +123,7 @@ def _row(point: dict[str, Any]) -> dict[str, Any]:
     converged = (ends.is_minimum == 1) & reached.settled
     dnc, K = converged & (ends.kind == "dnc"), point["K"]
     ranks = np.bincount(ends.rank[converged], minlength=K + 1)[: K + 1]
-    low, high = wilson(int(dnc.sum()), point["seeds"])
+    low, high = sweep.wilson(int(dnc.sum()), point["seeds"])
     some = bool(converged.any())
     return {
         "dnc": dnc.mean(),

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 import ufm
 from studies.command import Options as Common
-from studies.command import evenly, finish, wilson
+from studies.command import evenly, finish
 from studies.relu_points import kinks, ranks, spectra, subgradient, within
 from ufm import sweep
 from ufm.arrays import to_numpy
@@ -130,7 +130,7 @@ def search(point: dict[str, Any], seed: int) -> dict[str, Any]:
     best = [_best(found) for found in ends]
     layers = [spectra(point, factors) for factors, _, _ in best]
     below = int(np.sum(first.value < known["dnc"][point["down"]] * (1 - 1e-9)))
-    low, high = wilson(below, point["starts"])
+    low, high = sweep.wilson(below, point["starts"])
     values = np.array([value for _, value, _ in best])
     return (
         {"shares": shares, "lam": lam, "values": values, "ratios": values / known["dnc"]}
@@ -192,7 +192,7 @@ def descent(point: dict[str, Any], seed: int) -> dict[str, Any]:
     kinds = {"below": ratios < 1 - SAME_VALUE, "dnc_share": np.abs(ratios - 1) <= SAME_VALUE}
     row = {"step_numbers": path.step, "paths": path.value, "end_values": found.value, "end_ratios": ratios} | known
     for name, mask in kinds.items():
-        low, high = wilson(int(mask.sum()), runs)
+        low, high = sweep.wilson(int(mask.sum()), runs)
         row |= {name: mask.mean(), f"{name}_low": low, f"{name}_high": high}
     rank = np.array([ranks(s)[2 * point["depth"] - 3] for s in layers])  # before the last ReLU
     rank[found.value >= known["zero"] * (1 - SAME_VALUE)] = 0.0
@@ -274,17 +274,19 @@ def start_of(point: dict[str, Any], lam: float, seed: int) -> ufm.starts.Start |
 
 
 def summary(table: sweep.Table) -> dict[str, Any]:
-    """What a reader wants to know first: where DNC is beaten at the middle lambda, and by descent."""
+    """What a reader wants to know first: which (K, L) beat DNC at each lambda, and how often descent does."""
     said: dict[str, Any] = {}
     rows = table.where(panel="search")
     for loss in LOSSES:
         for depth in np.unique(rows["depth"]):
             own = rows.where(loss=loss, depth=depth)
-            best: dict[int, float] = {}
-            for K, ratio, down in zip(own["K"].tolist(), own.values("ratios"), own["down"].tolist(), strict=True):
-                best[K] = min(best.get(K, np.inf), float(ratio[down]))
-            told = ", ".join(f"{K} ({ratio:.4f})" for K, ratio in sorted(best.items()) if ratio < 1 - 1e-9)
-            said[f"{loss}, L = {depth}: K below DNC at a tenth of its largest lambda (ratio of values)"] = told or "none"
+            best: dict[tuple[float, int], float] = {}
+            for K, ratios, down in zip(own["K"].tolist(), own.values("ratios"), own["down"].tolist(), strict=True):
+                for share, ratio in zip(SHARES[MIDDLE - down :], ratios, strict=False):
+                    best[share, K] = min(best.get((share, K), np.inf), float(ratio))
+            for share in sorted({share for share, _ in best}):
+                told = ", ".join(f"{K} ({r:.4f})" for (at, K), r in sorted(best.items()) if at == share and r < 1 - 1e-9)
+                said[f"{loss}, L = {depth}, {share:g} of DNC's largest lambda: K below DNC (ratio of values)"] = told or "none"
     ends = table.pick(table["panel"] != "search")
     said["seeds of descent below DNC"] = f"{round(np.sum(ends['below'] * ends['starts']))} of {int(np.sum(ends['starts']))}"
     return said

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 import ufm
 from studies.command import Options as Common
-from studies.command import finish, wilson
+from studies.command import finish
 from ufm import metrics, sweep
 from ufm.arrays import to_numpy
 from ufm.dynamics import iterate
@@ -189,7 +189,7 @@ def _row(point: dict[str, Any], seed: int) -> dict[str, Any]:
         "rank_quartiles": np.quantile(metrics.effective_rank(ends), (0.25, 0.5, 0.75)),
         "spectra": np.median(spectra, axis=0),
     }
-    row |= dict(zip(("repelled_low", "repelled_high"), wilson(int(np.sum(spread[:, 1] > spread[:, 0])), point["seeds"]), strict=True))
+    row |= dict(zip(("repelled_low", "repelled_high"), sweep.wilson(int(np.sum(spread[:, 1] > spread[:, 0])), point["seeds"]), strict=True))
     return row | (_path(paths[0], K) if point["panel"] == "path" else {})
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 import ufm
 from studies.command import Options as Common
-from studies.command import finish, wilson
+from studies.command import finish
 from ufm import metrics, sweep
 from ufm.arrays import to_numpy
 from ufm.theory.boundaries import boundaries
@@ -246,7 +246,7 @@ def descent(problem: ufm.Problem, found: ufm.Solution, point: dict[str, Any], se
     rows = []
     for g in range(G):
         dead = int(killed[g].any(axis=1).sum())
-        low, high = wilson(dead, runs)
+        low, high = sweep.wilson(dead, runs)
         rows.append(
             {
                 "killed": dead / runs,

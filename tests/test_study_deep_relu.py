@@ -51,7 +51,7 @@ def test_a_small_run_leaves_its_files_and_a_summary(smoke: Any, rows: list[dict[
     assert all(path.is_file() for path in files)
     names = {"deep_relu", "deep_relu_solutions", "deep_relu_descent"}
     assert {path.stem for path in files if path.suffix == ".html"} == names
-    (told,) = (line for line in done.stdout.splitlines() if line.startswith("MSE, L = 4: K below DNC"))
+    (told,) = (line for line in done.stdout.splitlines() if line.startswith("MSE, L = 4, 0.1 of DNC's largest lambda"))
     assert "6 (0.9" in told
     with (out / "rows_search.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == sum(row["panel"] == "search" for row in rows)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from ufm.plots import maps, style
 from ufm.plots.keys import Key
 from ufm.plots.share import HATCH
+from ufm.sweep.intervals import wilson
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -107,14 +107,6 @@ class Bars:
         occurs = self.counts.any(axis=1) | self.shared
         named = [Key(n, colours=(c,)) for n, c, some in zip(self.names, self.colours, occurs, strict=True) if some]
         return [*named, *([Key(self.untrusted, kind="hatch", hatch=HATCH)] if self.unsettled.any() else [])]
-
-
-def wilson(count: Any, total: Any, level: float = 0.95) -> tuple[Floats, Floats]:
-    """Wilson's interval of the share count/total, two arrays of their shape (Wilson 1927)."""
-    share, z = np.asarray(count) / np.asarray(total), NormalDist().inv_cdf(0.5 + level / 2)
-    middle = (share + z**2 / (2 * total)) / (1 + z**2 / total)
-    half = z / (1 + z**2 / total) * np.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
-    return np.minimum(np.maximum(middle - half, 0.0), share), np.maximum(np.minimum(middle + half, 1.0), share)
 
 
 def letters(names: Sequence[str]) -> int:

@@ -20,6 +20,7 @@ from ufm.records import Solution, Stop
 from ufm.rules import GradientDescent
 from ufm.solvers import solve
 from ufm.starts import Given, Start, given, seeds
+from ufm.sweep.intervals import wilson
 
 
 def descend_and_polish(
@@ -112,12 +113,10 @@ def agreement(first: Any, second: Any, *, rtol: float = 0.0) -> Agreement:
 
     Numbers agree where |first - second| <= rtol max(|first|, |second|), NaN never. Wilson 1927. Raises ValueError where shapes differ.
     """
-    from scipy.stats import binomtest
-
     a, b = np.asarray(first), np.asarray(second)
     if a.shape != b.shape or a.ndim != 1 or not a.size:
         raise ValueError(f"agreement: first and second have shapes {a.shape} and {b.shape}, but must be one entry per run, (B,) both")
     numbers = a.dtype.kind == b.dtype.kind == "f"
     same = np.abs(a - b) <= rtol * np.maximum(np.abs(a), np.abs(b)) if numbers else a == b
-    interval = binomtest(int(same.sum()), a.size).proportion_ci(method="wilson")
-    return Agreement(float(same.mean()), float(interval.low), float(interval.high), a.size)
+    low, high = wilson(same.sum(), a.size)
+    return Agreement(float(same.mean()), float(low), float(high), a.size)

@@ -12,6 +12,7 @@ nothing of the models. Importing it loads numpy and the standard library only.
 
 from ufm.sweep import executors
 from ufm.sweep.errors import BadPoint, BadStore, CannotWrite, SecondWriter, SweepError, WorkerLost
+from ufm.sweep.intervals import wilson
 from ufm.sweep.points import grid, integers, log_uniform, random, seed_of, uniform
 from ufm.sweep.refine import refine
 from ufm.sweep.run import run
@@ -35,4 +36,5 @@ __all__ = [
     "run",
     "seed_of",
     "uniform",
+    "wilson",
 ]
