@@ -212,7 +212,7 @@ def _handed_over(problem: ufm.Problem, start: ufm.starts.Given, point: dict[str,
 
 
 def _stationary(stop: Sequence[ufm.Stop]) -> NDArray[np.bool_]:
-    return np.array([reason in (ufm.Stop.GRADIENT, ufm.Stop.STALLED) for reason in stop])
+    return np.array([reason.stationary for reason in stop])
 
 
 def _stable_step(point: dict[str, Any]) -> float:
@@ -245,19 +245,19 @@ def summary(table: sweep.Table) -> dict[str, Any]:
 
 
 def agreements(table: sweep.Table) -> dict[str, str]:
-    """In how many seeds each method ends like plain descent: at DNC or not, and at the same rank."""
+    """In how many seeds each method ends like plain descent, and flow on samples like flow on class means: at DNC or not, at one rank."""
     rows = table.where(panel="method")
-    reference = rows.where(method="descent", columns="means")
     said = {}
     for method, columns in dict.fromkeys(zip(rows["method"].tolist(), rows["columns"].tolist(), strict=True)):
-        row = rows.where(method=method, columns=columns)
+        other = "flow" if columns == "samples" else "descent"
+        row, reference = rows.where(method=method, columns=columns), rows.where(method=other, columns="means")
         cost = row["evaluations"][0] / reference["evaluations"][0]
         for what, of in (
             ("at DNC or not", lambda ends: ends["name_of_seed"][0] == "DNC"),
             ("at the same rank", lambda ends: ends["rank_of_seed"][0]),
         ):
             same = agreement(of(row), of(reference))
-            said[f"{method} on {columns} against descent, {what}"] = (
+            said[f"{method} on {columns} against {other} on means, {what}"] = (
                 f"{same.share:.3f} of {same.runs} ({same.low:.3f} to {same.high:.3f}), {cost:.4f} of its gradient evaluations"
             )
     return said

@@ -298,9 +298,9 @@ def summary(table: sweep.Table) -> dict[str, Any]:
     if len(lanczos):
         predicted = np.where(lanczos["predicted_index"] > 0, lanczos["at_least"] > 0, lanczos["at_least"] == 0)
         said["signs by lanczos"] = f"{predicted.sum()} of {len(lanczos)} as predicted"
+    held = []
     for name, words in (("orbit", "L(rd - r(r+1)/2)"), ("published", "the published L r(d - r)")):
-        said[f"nullity equal to {words}"] = f"{np.sum(orbit['nullity'] == orbit[name])} of {len(orbit)}"
-    return said | {"so the count that holds is": COUNTS[bool(np.all(orbit["nullity"] == orbit["orbit"]))]}
-
-
-COUNTS = {True: "L(rd - r(r+1)/2), at DNC and at pairs, at every width", False: "neither"}
+        same = orbit["nullity"] == orbit[name]
+        said[f"nullity equal to {words}"] = f"{np.sum(same)} of {len(orbit)}"
+        held += [words] if same.all() else []
+    return said | {"so the count that holds, at DNC and at pairs, at every width, is": " and ".join(held) or "neither"}

@@ -239,7 +239,7 @@ def descent(problem: ufm.Problem, found: ufm.Solution, point: dict[str, Any], se
     norms = path.last("class_norms").reshape(G, runs, K)
     at_best = np.linalg.norm(to_numpy(found.factors[0]), axis=1)[:, None, :]
     killed = (norms <= point["dead_below"] * at_best) & ~found.collapsed[:, None, :]
-    settled = np.array([stop in (ufm.Stop.GRADIENT, ufm.Stop.STALLED) for stop in path.stop]).reshape(G, runs)
+    settled = np.array([stop.stationary for stop in path.stop]).reshape(G, runs)
     excess = path.last("value").reshape(G, runs) / found.value[:, None] - 1
     gradient = path.last("gradient_norm").reshape(G, runs)
     steps = path.steps.reshape(G, runs)

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,8 @@ import ufm
 from studies.command import Options as Common
 from studies.command import finish
 from ufm import sweep
-from ufm.arrays import norm, to_numpy
-from ufm.coordinates import balanced
+from ufm.arrays import to_numpy
+from ufm.landscape import Critical, critical_near
 from ufm.theory import deep, deep_points
 from ufm.theory.deep_codes import Code
 
@@ -33,10 +33,8 @@ SAME = ("panel", "K", "n", "width", "depth", "lam", "scale", "steps", "every", "
 STEP, RTOL = 0.5, 1e-4  # of descent, of the flow
 RISE = 2.0  # what the gradient norm must grow by after a dip, and have fallen by before it
 MOST = 6  # passages kept of a run
-LIVE = 1e-2  # singular values above this share of the largest count
 LEVEL = 1e-8  # relative difference up to which a critical point is at a catalogued level
 SETTLED = 1e-3  # scale-free gradient norm of an end point, and share of its norm to the minimum it is at
-NEAR = 0.25  # share of a point's norm that Newton's method may move: beyond that the critical point is not the one passed
 
 
 @dataclass(frozen=True)
@@ -199,53 +197,6 @@ PASSAGE = ("at", "lingers", "passed_value", "passed_gradient", "saddle_value", "
 PASSAGE = (*PASSAGE, "saddle_moved", "saddle_difference")
 
 
-class Critical(NamedTuple):
-    """A critical point: value, rank, index (NaN where Newton's method found none near), scale-free gradient, how far it was, M."""
-
-    value: float
-    rank: int
-    index: float
-    gradient: float
-    moved: float
-    M: Floats
-
-
-def critical_near(problem: ufm.Problem, M: Floats) -> Critical:
-    """The critical point that Newton's method, damped as Levenberg and Marquardt's, finds from balanced factors of the rank of M.
-
-    At inner width r the Hessian has all its negative eigenvalues, so they are the index at any width (L >= 2).
-    """
-    rank = int(np.sum((s := np.linalg.svd(M, compute_uv=False)) > LIVE * s[0]))
-    small = replace(problem, width=rank)
-    n, lam = float(problem.counts[0, 0]), float(problem.lam_h[0])
-    frame = balanced(small)
-    U, s, Vt = np.linalg.svd(M)
-    start = frame.from_factors([f[None] for f in deep.balanced_factors(U[:, :rank] * s[:rank] @ Vt[:rank], n, lam, problem.lam_w[0], rank)])
-    x, g = start, frame.gradient(start)
-    wide, eye, damping = frame.pick(np.zeros(x.shape[1], dtype=int)), np.eye(x.shape[1]), 1.0
-    for _ in range(40):
-        H = wide.hessian_product(np.repeat(x, x.shape[1], axis=0), eye)
-        mu, V = np.linalg.eigh((H + H.T) / 2)
-        if frame.scale_free_norm(x)[0] <= 1e-13:
-            break
-        weights = mu / (mu**2 + damping * float(norm(g)[0]) + 1e-14 * mu[-1] ** 2)
-        trial = x - (V @ (weights * (V.T @ g[0])))[None]
-        g_trial = frame.gradient(trial)
-        better = norm(g_trial)[0] < norm(g)[0]
-        damping = damping / 8 if better else damping * 16
-        x, g = (trial, g_trial) if better else (x, g)
-        if damping > 1e12:
-            break
-    size = float(frame.scale_free_norm(x)[0])
-    moved = float(np.linalg.norm(_product(frame, x) - _product(frame, start)) / np.linalg.norm(_product(frame, start)))
-    index = float(np.sum(mu < -1e-9 * np.abs(mu).max())) if size <= 1e-9 and moved <= NEAR else np.nan
-    return Critical(float(frame.value(x)[0] * frame.unit[0]), rank, index, size, moved, _product(frame, x))
-
-
-def _product(frame: Any, x: Floats) -> Floats:
-    return np.asarray(frame.objective.logits(frame.unpack(x))[0])
-
-
 @cache
 def catalogue(K: int, lam: float, depth: int) -> list[tuple[str, int, float]]:
     """(name, rank, value) of the closed-form critical points of K classes at lambda_eff: block simplices, polygon, rectified simplex."""
@@ -271,10 +222,15 @@ def partitions(K: int, most: int | None = None) -> Iterator[tuple[int, ...]]:
             yield (first, *rest)
 
 
+def catalogue_of(problem: ufm.Problem) -> list[tuple[str, int, float]]:
+    """The catalogue at the problem's lambda_eff."""
+    lam = float(deep.lambda_eff(problem.counts[0, 0], problem.lam_h[0], problem.lam_w[0]))
+    return catalogue(problem.classes, lam, problem.depth)
+
+
 def level(problem: ufm.Problem, name: str) -> float:
     """The value of a catalogued critical point; NaN if there is none of that name."""
-    lam = float(deep.lambda_eff(problem.counts[0, 0], problem.lam_h[0], problem.lam_w[0]))
-    return next((value for known, _, value in catalogue(problem.classes, lam, problem.depth) if known == name), np.nan)
+    return next((value for known, _, value in catalogue_of(problem) if known == name), np.nan)
 
 
 def named(problem: ufm.Problem, point: Critical) -> tuple[str, float]:
@@ -284,8 +240,7 @@ def named(problem: ufm.Problem, point: Critical) -> tuple[str, float]:
     """
     if np.isnan(point.index):
         return "none", np.nan
-    lam = float(deep.lambda_eff(problem.counts[0, 0], problem.lam_h[0], problem.lam_w[0]))
-    own = [(name, point.value / value - 1) for name, rank, value in catalogue(problem.classes, lam, problem.depth) if rank == point.rank]
+    own = [(name, point.value / value - 1) for name, rank, value in catalogue_of(problem) if rank == point.rank]
     name, difference = min(own, key=lambda found: abs(found[1]), default=(f"rank {point.rank}", np.nan))
     return (name if abs(difference) <= LEVEL else f"near {name}"), difference
 

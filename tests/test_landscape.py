@@ -16,7 +16,7 @@ import catalog
 import ufm
 from catalog import PROBLEMS
 from test_objective import torch_parts
-from ufm.landscape import Spectrum, hessian, orbit_dimension
+from ufm.landscape import Spectrum, hessian
 from ufm.theory import deep
 from ufm.theory import deep_points as points
 
@@ -145,7 +145,7 @@ def test_dnc_has_the_known_spectrum(K: int, L: int, d: int, alpha: float, n: int
     assert got.gradient_norm[0] < 1e-13
     assert got.eigenvalues[0] == pytest.approx(known, abs=2e-14 * known[-1])
     assert got.negative[0] == got.index[0] == np.sum(known < -1e-9 * known[-1])
-    assert got.zero[0] == got.orbit[0] == orbit_dimension(K - 1, d, L)
+    assert got.zero[0] == got.orbit[0] == deep.orbit_dimension(K - 1, L, d)
     assert got.positive[0] == np.sum(known > 1e-9 * known[-1])
     assert got.null_is_orbit[0] == 1
     assert got.is_minimum[0] == (alpha >= K * (L - 1) / (L + 1))
@@ -158,7 +158,7 @@ def test_nullity_is_the_orbit_s_dimension(K: int, L: int, d: int) -> None:
     for (lam, M), r in [(dnc(K, L, 8.0), K - 1), (pairs(K, L, 6.0), K // 2)]:
         got = hessian(linear(K, L, d, lam), balanced_factors(M, d, L))
         assert got.gradient_norm[0] < 1e-12
-        assert got.zero[0] == got.orbit[0] == orbit_dimension(r, d, L) == L * (r * d - r * (r + 1) / 2)
+        assert got.zero[0] == got.orbit[0] == deep.orbit_dimension(r, L, d) == L * (r * d - r * (r + 1) / 2)
         assert got.zero[0] != L * r * (d - r)
         assert got.negative[0] == 0
         assert got.is_minimum[0] == 1
@@ -182,7 +182,7 @@ def test_at_the_threshold_the_counts_are_unknown_or_flat() -> None:
         assert ("flat" if counted else "not separated") in got.reason[0]
         assert counted == (got.separation[0] >= 100)
         assert np.isnan(got.null_is_orbit[0]) != counted
-        assert got.zero[0] == orbit_dimension(3, 4, 2) + 2 or not counted
+        assert got.zero[0] == deep.orbit_dimension(3, 2, 4) + 2 or not counted
 
 
 @over("L", [1, 2, 3])
@@ -212,7 +212,7 @@ def test_the_simplex_is_a_minimum_of_the_plain_model(lam_b: Any, loss: Any) -> N
     factors += [] if lam_b is None else [np.zeros((1, K, 1))]
     got = hessian(linear(K, 1, d, lam, lam_b=lam_b, loss=loss), factors)
     assert got.negative[0] == 0
-    assert got.zero[0] == got.orbit[0] == orbit_dimension(K - 1, d, 1) + (lam_b == 0.0)
+    assert got.zero[0] == got.orbit[0] == deep.orbit_dimension(K - 1, 1, d) + (lam_b == 0.0)
     assert got.is_minimum[0] == 1
 
 
@@ -238,7 +238,7 @@ def test_an_orthogonal_frame_of_squared_errors() -> None:
         z = brentq(excess, *ends, xtol=1e-16, rtol=1e-15)
         got = hessian(linear(K, L, d, lam, loss=ufm.MSE()), balanced_factors(z * np.eye(K), d, L))
         assert got.gradient_norm[0] < 1e-12
-        assert got.zero[0] == orbit_dimension(K, d, L)
+        assert got.zero[0] == deep.orbit_dimension(K, L, d)
         assert got.is_minimum[0] == least
 
 
@@ -251,7 +251,7 @@ def test_end_points_of_a_solver(K: int, L: int, d: int, lam: float, tol: float) 
     got = hessian(problem, solution.factors)
     assert np.all(got.gradient_norm <= tol)
     ranks = np.linalg.matrix_rank(solution.logits, rtol=1e-4)
-    assert list(got.zero) == list(got.orbit) == [orbit_dimension(int(r), d, L) for r in ranks]
+    assert list(got.zero) == list(got.orbit) == [deep.orbit_dimension(int(r), L, d) for r in ranks]
     assert np.all(got.negative == 0)
     assert np.all(got.is_minimum == 1)
     lanczos = hessian(problem, solution.factors, method="lanczos")
@@ -400,7 +400,7 @@ def test_wide_chains_list_the_lowest() -> None:
     got = hessian(linear(10, 2, 400, lam), balanced_factors(M, 400, 2))
     known = known_spectrum(10, 2, 400, 4.0) * lam
     assert got.eigenvalues[0] == pytest.approx(known[:1500], abs=1e-13 * known[-1])
-    assert (got.negative[0], got.zero[0]) == (0, orbit_dimension(9, 400, 2))
+    assert (got.negative[0], got.zero[0]) == (0, deep.orbit_dimension(9, 2, 400))
     assert got.positive[0] + got.zero[0] == got.coordinates[0] == len(known)
     assert got.trace[0] == pytest.approx(known.sum(), rel=1e-12)
     assert got.frobenius[0] == pytest.approx(np.linalg.norm(known), rel=1e-12)
@@ -581,9 +581,6 @@ RELU = ufm.Problem([1, 1], width=2, depth=2, features="free", activation="relu",
         (lambda: hessian(SMALL, POINT[:1]), "hessian: the factors have shapes"),
         (lambda: hessian(SMALL, [np.nan * f for f in POINT]), "hessian: the factors hold NaN"),
         (lambda: hessian("SMALL", POINT), "hessian: problem is 'SMALL'"),
-        (lambda: orbit_dimension(3, 2, 1), "orbit_dimension: rank is 3, but cannot exceed the width 2"),
-        (lambda: orbit_dimension(1.5, 2, 1), "orbit_dimension: rank is 1.5, but must be a whole number"),
-        (lambda: orbit_dimension(1, 2, 0), "orbit_dimension: depth is 0, but must be a whole number, at least 1"),
     ],
 )
 def test_bad_input_is_told(call: Callable[[], Any], says: str) -> None:

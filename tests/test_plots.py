@@ -268,6 +268,13 @@ def test_a_page_has_logarithmic_axes_that_zoom_together_and_words():
     assert "<p>proven ≤ 10<sup>−9</sup></p>" in text
 
 
+@pytest.mark.parametrize(("ends", "said"), [((2.0, 60.0), ["2", "5", "10", "20", "50"]), ((0.2, 5.0), ["0.2", "0.5", "1", "2", "5"])])
+def test_a_short_logarithmic_axis_of_a_page_says_its_numbers_in_full(ends, said):
+    axis = report.figure([[Curves([curve(x=[ends[0], 1.5 * ends[0], ends[1]])], log=(True, False))]]).to_dict()["layout"]["xaxis"]
+    assert list(axis["ticktext"]) == said
+    np.testing.assert_allclose(list(axis["tickvals"]), [float(tick) for tick in said])
+
+
 def test_a_page_opens_without_a_network(tmp_path):
     path = plots.write_page(tmp_path / "map.html", [[phase(), share()], [Curves([curve()]), None]], title="t")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["map.html", "plotly.min.js"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -15,6 +16,7 @@ from figures import saddle_passages as figure
 from figures import stored
 from studies import saddle_passages as study
 from ufm import sweep
+from ufm.landscape import newton
 from ufm.theory import deep, deep_points
 
 
@@ -61,7 +63,7 @@ def test_what_was_passed_is_critical_and_below_the_start(table: sweep.Table) -> 
     runs = table.where(panel="run")
     known = np.isfinite(runs["saddle_index"])
     assert np.all(runs["saddle_gradient"][known] <= 1e-9)
-    assert np.all(runs["saddle_moved"][known] <= study.NEAR)
+    assert np.all(runs["saddle_moved"][known] <= newton.NEAR)
     assert np.all(np.isfinite(runs["at"]).sum(axis=1) == runs["passages"])
     assert np.all(runs["lingers"][np.isfinite(runs["at"])] > 0)
 
@@ -88,7 +90,7 @@ def test_newton_finds_the_critical_point_next_to_a_disturbed_one(sizes: tuple[in
     rng, r = np.random.default_rng(0), exact.rank
     near = (U[:, :r] * s[:r] * (1 + 0.02 * rng.standard_normal(r))) @ Vt[:r]
     at = problem(depth=depth)
-    found = study.critical_near(at, near)
+    found = newton.critical_near(at, near)
     assert found.value == pytest.approx(float(exact.value), rel=1e-10)
     assert found.moved == pytest.approx(np.linalg.norm(exact.M - near) / np.linalg.norm(near), rel=0.3)
     assert study.named(at, found)[0] == study.block_name(sizes)
@@ -98,19 +100,19 @@ def test_newton_finds_the_critical_point_next_to_a_disturbed_one(sizes: tuple[in
 
 def test_a_point_far_from_every_critical_one_has_none() -> None:
     exact = deep_points.at(deep_points.dnc(10), level(), 2)
-    found = study.critical_near(problem(), 0.3 * exact.M)
+    found = newton.critical_near(problem(), 0.3 * exact.M)
     assert np.isnan(found.index)
     assert study.named(problem(), found)[0] == "none"
 
 
 def test_a_critical_point_off_every_level_is_only_near_one() -> None:
     value = next(value for name, rank, value in study.catalogue(10, level(), 2) if name == "8+2")
-    point = study.Critical(value * (1 + 3e-4), 8, 2.0, 1e-12, 0.1, np.eye(10))
+    point = newton.Critical(value * (1 + 3e-4), 8, 2.0, 1e-12, 0.1, np.eye(10))
     name, difference = study.named(problem(), point)
     assert name == "near 8+2"
     assert difference == pytest.approx(3e-4, rel=1e-6)
-    assert study.named(problem(), point._replace(value=value))[0] == "8+2"
-    assert study.named(problem(), point._replace(value=value, rank=5))[0] == "near pairs", "levels of its own rank only"
+    assert study.named(problem(), replace(point, value=value))[0] == "8+2"
+    assert study.named(problem(), replace(point, value=value, rank=5))[0] == "near pairs", "levels of its own rank only"
 
 
 def test_the_catalogue_holds_every_partition_at_its_value() -> None:

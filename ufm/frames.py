@@ -5,6 +5,7 @@ Everything is a numpy array in double precision; counts and margins are (..., K)
 
 from __future__ import annotations
 
+from math import isqrt
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -78,6 +79,12 @@ def rectified_simplex(r: int) -> Floats:
     i, j = np.triu_indices(r, 1)
     rows = np.eye(r)[i] + np.eye(r)[j] - 2 / r
     return np.asarray(rows / np.sqrt(2 - 4 / r))
+
+
+def triangular_root(K: int) -> int:
+    """r where K = r(r-1)/2, the edges of a complete graph of r vertices; 0 where K is no such number."""
+    r = (1 + isqrt(1 + 8 * K)) // 2
+    return r if r * (r - 1) == 2 * K else 0
 
 
 def icosahedron() -> Floats:

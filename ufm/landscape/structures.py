@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ufm import frames
 from ufm.landscape.point import Floats
 from ufm.losses import CrossEntropy
 from ufm.problem import Problem
-from ufm.theory import deep_points, deep_relu, deep_relu_ce, deep_scale
+from ufm.theory import deep_points, deep_relu, deep_relu_ce
 from ufm.theory.deep_codes import Code, Tied
 
 BOUND = 1e-3  # classes whose logits for each other are below this share of the largest are in different blocks
@@ -51,11 +52,10 @@ def structures(problem: Problem) -> list[Structure]:
         frame = partial(_squared, [deep_relu.orthogonal(K, L)]) if L > 1 else partial(_shallow_frame, K)
         return [Structure("dnc", "DNC", frame)]
     found = [("dnc", "DNC", [deep_relu.orthogonal(K, L)])]
-    r = int((1 + np.sqrt(1 + 8 * K)) / 2)
-    triangular = r > 2 and r * (r - 1) == 2 * K
-    if L > 2 and triangular:
+    r = frames.triangular_root(K)
+    if L > 2 and r > 2:
         found.append(("graph", "graph solution", [deep_relu.graph(r, L)]))
-    if plain and triangular and r > 3:
+    if plain and r > 3:
         found.append(("code", f"nonnegative T({r})", [deep_relu_ce.graph_code(r, L)]))
     if plain:
         found.append(("blocks", "shifted pairs", deep_relu_ce.paired(K, L)))
@@ -105,12 +105,7 @@ def _label(code: Code | Tied, K: int) -> tuple[str, str]:
 
 def _of_code(kind: str, name: str, code: Code | Tied, depth: int) -> Structure:
     def at(lam: Floats) -> list[Level]:
-        levels = []
-        for remark, x in _roots(code, lam, depth):
-            singular, ranks = code.spectrum(x)
-            penalty = lam / 2 * (depth + 1) * (singular ** deep_scale.exponent(depth) @ ranks)
-            levels.append(Level(remark, code.pattern(x), code.fit(x) + penalty))
-        return levels
+        return [Level(remark, code.pattern(x), deep_points.levels_at(code, x, lam, depth).value) for remark, x in _roots(code, lam, depth)]
 
     return Structure(kind, name, at)
 

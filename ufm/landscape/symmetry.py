@@ -14,21 +14,6 @@ LARGEST = 1e7  # entries of the tangents of rotations between two factors
 TANGENT = 1e-6  # singular values of the orbit's tangent map below this share of the largest are zero
 
 
-def orbit_dimension(rank: int, width: int, depth: int) -> int:
-    """L (r d - r(r+1)/2): dimension of the parameters with one critical product Z of rank r.
-
-    For linear chains with free features and positive penalties. They are one orbit of O(d)^L, indexed by L frames in the Stiefel
-    manifold St(r, d), whatever singular values coincide.
-    ValueError unless 0 <= rank <= width. Source: theory/deep_low_rank.md, section 6.
-    """
-    for name, value, least in (("rank", rank, 0), ("width", width, 1), ("depth", depth, 1)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-            raise ValueError(f"orbit_dimension: {name} is {value!r}, but must be a whole number, at least {least}")
-    if rank > width:
-        raise ValueError(f"orbit_dimension: rank is {rank}, but cannot exceed the width {width}")
-    return int(depth * (rank * width - rank * (rank + 1) // 2))
-
-
 def orbit_of(point: Point, b: int) -> tuple[float, Floats]:
     """(dimension, orthonormal tangents (n, dimension)) of run b's orbit under the known symmetries of F, on the free coordinates.
 

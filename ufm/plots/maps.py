@@ -179,6 +179,12 @@ def thin(axes: Axes, log: tuple[bool, bool]) -> None:
             axis.set_minor_formatter(NullFormatter())
 
 
+def one_two_five(low: float, high: float) -> dict[float, str]:
+    """1, 2 and 5 times the powers of ten between two ends, and how each is written."""
+    decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.floor(np.log10(high)) + 1)
+    return {float(at): f"{at:g}" for at in np.outer(decades, (1.0, 2.0, 5.0)).ravel() if low <= at <= high}
+
+
 def corners(x: Floats, y: Floats, where: Mask) -> Floats:
     """The corners (cells, 4, 2) of the cells chosen, between edges x and y."""
     j, i = np.nonzero(where)

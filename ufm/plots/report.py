@@ -147,7 +147,9 @@ def _axes(panel: Panel) -> Iterator[dict[str, Any]]:
         ends = [float(np.log10(end)) if log else float(end) for end in (low, high)]
         look = {"showline": True, "mirror": True, "ticks": "outside", "showgrid": False, "zeroline": False}
         span = abs(ends[1] - ends[0])
-        every = "D2" if span < np.log10(maps.FEW) else 1 if span <= np.log10(maps.MANY_DECADES) else -(-span // 5)
+        if log and not ticks and span < np.log10(maps.FEW):
+            ticks = maps.one_two_five(low, high)
+        every = 1 if span <= np.log10(maps.MANY_DECADES) else -(-span // 5)
         decades = {"type": "log", "dtick": every, "minor": MINOR, "exponentformat": "power"}
         powers: dict[str, Any] = decades if log else {"type": "linear"}
         if ticks:

@@ -4,7 +4,8 @@
 
 X = Z D^{1/2}, (K, K), holds the logits of the class means, weighted by D = diag(m). F(X) is the least F of any factors with these logits,
 and every critical point of a linear chain with free features and a loss convex in the logits is one of F on the matrices of its rank; for
-L >= 2 it is a minimum of the chain iff it is one there, as a new singular value s costs s^p. Source: theory/deep_low_rank.md, section 1.
+L >= 2 it is a minimum of the chain iff it is one there, as a new singular value s costs s^p. From the Schatten reduction of Garrod &
+Keating 2025 (arXiv 2410.23169).
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ufm import frames
 from ufm.arrays import block_size
+from ufm.chain import forward
 from ufm.coordinates import balanced
 from ufm.losses import ConvexLoss
 from ufm.problem import Problem
@@ -240,11 +241,7 @@ def _descended(means: Problem, F: Reduced, ends: Ends, cell: Ints, tol: float, m
             at = group[first : first + block]
             part = frame.pick(cell[at])
             found = minimise(part, part.aligned(ends.U[at], ends.s[at], ends.Vt[at], []), options)
-            factors = part.unpack(found.x)
-            product = factors[0]
-            for W in factors[1:]:
-                product = W @ product
-            X[at], steps[at] = product, found.steps
+            X[at], steps[at] = forward(part.objective.chain, part.unpack(found.x))[0], found.steps
     U, s, Vt = np.linalg.svd(X)
     s = np.where(s > NOTHING, s, 0.0)
     return Ends(U, s, Vt, F.pick(cell).fit((U * s[:, None, :]) @ Vt) + F.penalty(s)), steps

@@ -54,10 +54,14 @@ class Levels(NamedTuple):
 def levels(code: Code | Tied, lam: ArrayLike, depth: int, branch: Branch = "large") -> Levels:
     """Scales, value, fit and penalty of a code at lambda_eff (...); NaN where it does not exist there."""
     level = np.asarray(lam, dtype=np.float64)
-    x = code.scales(level, depth, branch)
+    return levels_at(code, code.scales(level, depth, branch), level, depth)
+
+
+def levels_at(code: Code | Tied, x: Floats, lam: Floats, depth: int) -> Levels:
+    """What a code is worth at given scales x (..., S) and lambda_eff (...)."""
     singular, ranks = code.spectrum(x)
     fit = code.fit(x)
-    penalty = np.asarray(level / 2 * (depth + 1) * (singular ** deep_scale.exponent(depth) @ ranks))
+    penalty = np.asarray(lam / 2 * (depth + 1) * (singular ** deep_scale.exponent(depth) @ ranks))
     return Levels(x, fit + penalty, fit, penalty)
 
 
@@ -224,8 +228,8 @@ def candidates(K: int) -> list[Code | Tied]:
     found: list[Code | Tied] = [dnc(K)]
     if K > 2:
         found += [pairs(K) if K % 2 == 0 else relaxed_pairs(K), polygon(K)]
-    r = int((1 + np.sqrt(1 + 8 * K)) / 2)
-    if r >= 4 and r * (r - 1) == 2 * K:
+    r = frames.triangular_root(K)
+    if r >= 4:
         found.append(rectified_simplex(r))
     return found + ([square_antiprism()] if K == 8 else []) + ([icosahedron()] if K == 12 else [])
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isqrt
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -80,8 +79,8 @@ def graph(r: int, depth: int) -> Block:
 
 def vertices(K: int) -> int:
     """r with K = r(r-1)/2, at least 3; NoTheory for other K."""
-    r = (1 + isqrt(1 + 8 * K)) // 2
-    if r < 3 or r * (r - 1) != 2 * K:
+    r = frames.triangular_root(K)
+    if r < 3:
         raise NoTheory(f"deep_relu.vertices: K is {K}, but the graph solution needs K = r(r-1)/2 with r >= 3: 3, 6, 10, 15, 21, ...")
     return r
 
