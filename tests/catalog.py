@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ufm.losses import MSE, CrossEntropy, Focal, from_autograd
+from ufm.losses import MSE, CrossEntropy, DotRegression, Focal, from_autograd
 from ufm.problem import Problem
 
 Floats = NDArray[np.float64]
@@ -60,6 +60,7 @@ LOSSES: list[tuple[str, Callable[[int, int], Any]]] = [
     ("focal_2", lambda G, K: Focal(2.0)),
     ("autograd_ce", lambda G, K: from_autograd(autograd_ce)),
     ("autograd_mse", lambda G, K: from_autograd(autograd_mse)),
+    ("dot_regression", lambda G, K: DotRegression()),
 ]
 
 # (G, K) -> class counts; the cells of a grid share N, so that both kinds of columns fit

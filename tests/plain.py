@@ -77,6 +77,8 @@ def column_loss(loss: Any, cell: int, counts: list[int], z: Row, y: int) -> floa
         return float(loss.function(anp.array(z), anp.array([float(j == y) for j in range(K)])))
     if loss.name == "MSE":
         return sum((z[j] - float(j == y)) ** 2 for j in range(K)) / 2
+    if loss.name == "DR":
+        return (z[y] - 1) ** 2 / 2
     if loss.name == "focal":
         log_p = log_softmax(z)[y]
         return (1 - math.exp(log_p)) ** loss.gamma * -log_p

@@ -13,7 +13,11 @@ import ufm
 from ufm.certificate import certify, copositive_norm, dual_norm
 from ufm.records import Regime
 
-CONVEX = [(name, p) for name, p in catalog.PROBLEMS if p.depth == 1 and p.loss.name in ("CE", "MSE")]
+CONVEX = [
+    (name, p)
+    for name, p in catalog.PROBLEMS
+    if p.depth == 1 and (p.loss.name in ("CE", "MSE") or (p.loss.name == "DR" and p.lam_b is None))
+]
 
 
 def values_nearby(problem: ufm.Problem, factors: Any, tries: int = 30) -> Any:

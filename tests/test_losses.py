@@ -14,7 +14,7 @@ from mpmath import mp, mpf
 
 from catalog import COUNTS, LIBRARIES, LOSSES, autograd_ce, to_library
 from ufm.arrays import device_of, to_numpy
-from ufm.losses import MSE, TABLE, CrossEntropy, Focal, FromAutograd, from_autograd
+from ufm.losses import MSE, TABLE, CrossEntropy, DotRegression, Focal, FromAutograd, from_autograd
 
 G, K = 2, 3
 COUNT = np.array(COUNTS[G, K])
@@ -41,9 +41,8 @@ EVERY = pytest.mark.parametrize("loss", [loss for _, loss in BUILT], ids=[name f
 NATIVE = pytest.mark.parametrize(
     "loss", [x for _, x in BUILT if not isinstance(x, FromAutograd)], ids=[n for n, x in BUILT if x.name != "autograd"]
 )
-CONVEX = pytest.mark.parametrize(
-    "loss", [x for _, x in BUILT if x.name in ("CE", "MSE")], ids=[n for n, x in BUILT if x.name in ("CE", "MSE")]
-)
+PROVEN = ("CE", "MSE", "DR")  # convex, with a conjugate
+CONVEX = pytest.mark.parametrize("loss", [x for _, x in BUILT if x.name in PROVEN], ids=[n for n, x in BUILT if x.name in PROVEN])
 ENTROPIC = pytest.mark.parametrize("loss", [x for _, x in BUILT if x.name == "CE"], ids=[n for n, x in BUILT if x.name == "CE"])
 AT = pytest.mark.parametrize("at", LOGITS)
 
@@ -68,6 +67,8 @@ def formula(m: Any, loss: Any, z: Any, g: int, c: int) -> Any:
         loss = CrossEntropy() if loss.function is autograd_ce else MSE()
     if isinstance(loss, MSE):
         return sum((z[j] - float(j == y)) ** 2 for j in range(K)) / 2
+    if isinstance(loss, DotRegression):
+        return (z[y] - 1) ** 2 / 2
     if isinstance(loss, Focal):
         p = m.exp(z[y]) / sum(m.exp(z[j]) for j in range(K))
         return (1 - p) ** loss.gamma * -m.log(p)
@@ -222,6 +223,8 @@ def random_slopes(loss: Any, rng: np.random.Generator, concentration: float = 0.
     """Slopes anywhere in the conjugate's domain."""
     if isinstance(loss, MSE):
         return 3.0 * rng.standard_normal(ONEHOT.shape)
+    if isinstance(loss, DotRegression):
+        return 3.0 * rng.standard_normal(ONEHOT.shape) * ONEHOT
     T = targets(loss)
     v = np.moveaxis(rng.dirichlet([concentration] * K, size=LABELS.shape), -1, -2)
     soft = ONEHOT if T.soft is None else T.soft
@@ -262,7 +265,7 @@ def test_conjugate_domain(loss: Any) -> None:
 def test_no_conjugate_without_convexity() -> None:
     """A loss that is not known to be convex offers no conjugate."""
     for name, loss in BUILT:
-        assert hasattr(loss, "conjugate") == hasattr(loss, "recentre") == (loss.name in ("CE", "MSE")), name
+        assert hasattr(loss, "conjugate") == hasattr(loss, "recentre") == (loss.name in PROVEN), name
 
 
 WEIGHTS = np.random.default_rng(4).uniform(0.1, 2.0, LABELS.shape)

@@ -171,6 +171,8 @@ def torch_parts(problem: Problem, cell: int, run: Any) -> tuple[Any, Any]:
 
     if loss.name == "MSE" or (loss.name == "autograd" and loss.function is not autograd_ce):
         each = mse_loss(Z, onehot, reduction="none").sum(dim=1) / 2
+    elif loss.name == "DR":
+        each = (Z[torch.arange(len(classes)), classes] - 1) ** 2 / 2
     elif loss.name == "focal":
         log_p = -cross_entropy(Z, classes, reduction="none")
         each = -((1 - torch.exp(log_p)) ** loss.gamma) * log_p

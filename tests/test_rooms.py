@@ -16,10 +16,10 @@ ROOT = Path(__file__).parent.parent
 # Each storey may import the ones before it, and its own rooms so long as no circle closes.
 STOREYS = (
     ("arrays", "records", "counts", "sweep"),
-    ("frames", "losses"),
-    ("etf", "heads"),
+    ("frames", "losses", "polar"),
+    ("etf", "etf_policies", "heads"),
     ("problem", "chain", "starts"),
-    ("objective", "coordinates", "certificate", "metrics", "theory"),
+    ("objective", "coordinates", "headed", "certificate", "metrics", "theory"),
     ("rules", "flow", "stabilised", "dynamics"),
     ("solvers",),
     ("landscape",),

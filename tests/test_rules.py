@@ -20,7 +20,7 @@ from ufm.arrays import device_of, norm, to_numpy
 from ufm.coordinates import Coordinates, weighted
 from ufm.dynamics import Snapshot, iterate
 from ufm.problem import Problem
-from ufm.rules import TABLE, Adam, GradientDescent, GradientFlow, StabilisedFlow
+from ufm.rules import AGD, TABLE, Adam, GradientDescent, GradientFlow, StabilisedFlow
 
 EACH = pytest.mark.parametrize("problem", [p for _, p in PROBLEMS], ids=[n for n, _ in PROBLEMS])
 SIZES: dict[str, Any] = dict(width=4, lam_w=0.02, lam_h=0.01)
@@ -261,7 +261,7 @@ def test_adam_on_means_is_another_run() -> None:
 def test_a_step_knows_the_point_and_the_state_alone(problem: Problem, name: str) -> None:
     """Both may be overwritten, but copies of them lead to the same bits, and steps stay within the bounds."""
     frame, rule = weighted(problem), RULES[name]
-    if name == "StabilisedFlow" and frame.bounded:
+    if (name == "StabilisedFlow" and frame.bounded) or (name == "AGD" and problem.lam_b is not None):
         return
     x = frame.from_factors(factors(problem))
     state = rule.start(frame, x, np.arange(problem.cells))
@@ -276,6 +276,7 @@ def test_a_step_knows_the_point_and_the_state_alone(problem: Problem, name: str)
 RULES = {
     "GradientDescent": GradientDescent(0.1, 0.9),
     "Adam": Adam(0.01),
+    "AGD": AGD(0.5),
     "GradientFlow": GradientFlow(rtol=1e-4),
     "StabilisedFlow": StabilisedFlow(),
 }
@@ -463,7 +464,7 @@ def test_every_library_takes_the_same_steps(name: str, library: str) -> None:
 
     for problem in [p for _, p in PROBLEMS if p.loss.name != "autograd"][::6]:
         frame = weighted(problem, 2)
-        if name == "StabilisedFlow" and frame.bounded:
+        if (name == "StabilisedFlow" and frame.bounded) or (name == "AGD" and problem.lam_b is not None):
             continue
         x, steps = frame.from_factors(factors(problem, 2)), 40 if name == "StabilisedFlow" else 4
         (expected, clock), (got, moved) = (
@@ -476,7 +477,7 @@ def test_every_library_takes_the_same_steps(name: str, library: str) -> None:
         assert to_numpy(moved.time) == pytest.approx(clock.time, rel=1e-8)
 
 
-@pytest.mark.parametrize("rule", [*list(RULES.values())[:3], GradientDescent(list(np.linspace(0.1, 0.4, 4)))])
+@pytest.mark.parametrize("rule", [*list(RULES.values())[:4], GradientDescent(list(np.linspace(0.1, 0.4, 4)))])
 def test_meta_device(rule: Any) -> None:
     """Nothing is read back or made on the default device: tensors without memory go through (StabilisedFlow reads which runs turn)."""
     torch = pytest.importorskip("torch")
@@ -484,10 +485,10 @@ def test_meta_device(rule: Any) -> None:
     def move(x: Any) -> Any:
         return torch.asarray(np.array(x)).to("meta")
 
-    problem = replace(RELU, counts=[[5, 3, 2], [4, 4, 2]], lam_b=0.1)
+    problem = replace(RELU, counts=[[5, 3, 2], [4, 4, 2]], lam_b=None if isinstance(rule, AGD) else 0.1)
     frame = on(move, weighted(problem, 2))
     got, clock = steps_on(frame, rule, move(weighted(problem, 2).from_factors(factors(problem, 2))), 2)
-    assert (got.device.type, got.dtype, got.shape) == ("meta", torch.float64, (4, 24 + 3))
+    assert (got.device.type, got.dtype, got.shape) == ("meta", torch.float64, (4, len(frame.lower)))
     assert clock.time.shape == (4,)
     assert norm(got).shape == (4,)
 
@@ -515,6 +516,8 @@ def test_meta_device(rule: Any) -> None:
         (lambda: Adam(beta1=1.0), "rules.Adam: beta1 is 1.0, but must lie between 0 and 1"),
         (lambda: Adam(beta2=np.nan), "rules.Adam: beta2 is nan, but must lie between 0 and 1"),
         (lambda: Adam(epsilon=0.0), "rules.Adam: epsilon is 0.0, but must lie between 0 and inf"),
+        (lambda: AGD(0.0), "rules.AGD: gain is 0.0, but must lie between 0 and inf"),
+        (lambda: AGD(None), "rules.AGD: gain is None, but must lie between 0 and inf"),
         (lambda: GradientFlow(until=0.0), "rules.GradientFlow: until is 0.0, but must lie between 0 and inf"),
         (lambda: GradientFlow(until=None), "rules.GradientFlow: until is None, but must lie between 0 and inf"),
         (lambda: GradientFlow(rtol=0), "rules.GradientFlow: rtol is 0, but must lie between 0 and inf"),

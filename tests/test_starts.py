@@ -383,7 +383,7 @@ def test_given_factors_are_checked(bad: Any, sentence: str) -> None:
     first(GIVEN, starts.given(GOOD))
 
 
-@pytest.mark.parametrize("start", [starts.normal, starts.balanced, starts.orthogonal, starts.spectral])
+@pytest.mark.parametrize("start", [starts.normal, starts.balanced, starts.orthogonal, starts.agd, starts.spectral])
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), "1"])
 def test_scales_are_positive_numbers(start: Any, scale: Any) -> None:
     with pytest.raises(ValueError, match=r"starts\.\w+: scale is"):

@@ -12,16 +12,16 @@ Glossary: K classes of n_k samples, N in all; d the feature width; L the number 
 (H, W_1, ..., W_L[, b]), arrays (B, rows, cols) with columns = class means or samples; a problem is a grid of G cells of equal sizes, and
 `runs` starts each give B = G * runs runs, cell-major. The one convention of the objective is stated in `ufm.objective`.
 
-Rooms: counts, frames, losses, problem (with the table of the papers' conventions), chain, starts, objective, coordinates, certificate,
-metrics, theory, rules, dynamics, solvers, landscape, sweep, plots.
+Rooms: counts, frames, losses, polar, etf, etf_policies, heads, problem (with the table of the papers' conventions), chain, starts,
+objective, coordinates, headed, certificate, metrics, theory, rules, dynamics, solvers, landscape, sweep, plots.
 Importing ufm loads numpy and the array-API shim only.
 """
 
-from ufm import counts, frames, losses, metrics, rules, starts, sweep
+from ufm import counts, etf, frames, heads, losses, metrics, rules, starts, sweep
 from ufm.certificate import certify
 from ufm.dynamics import simulate
 from ufm.landscape import Spectrum, classify, hessian
-from ufm.losses import MSE, CrossEntropy, Focal
+from ufm.losses import MSE, CrossEntropy, DotRegression, Focal
 from ufm.problem import PAPERS, Problem
 from ufm.records import Certificate, EndPoint, NoTheory, Prediction, Regime, Solution, Stop, Trajectory
 from ufm.solvers import solve
@@ -34,6 +34,7 @@ __all__ = [
     "PAPERS",
     "Certificate",
     "CrossEntropy",
+    "DotRegression",
     "EndPoint",
     "Focal",
     "NoTheory",
@@ -47,7 +48,9 @@ __all__ = [
     "certify",
     "classify",
     "counts",
+    "etf",
     "frames",
+    "heads",
     "hessian",
     "losses",
     "metrics",

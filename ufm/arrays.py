@@ -26,10 +26,14 @@ __all__ = [
     "namespace",
     "norm",
     "place",
+    "readable",
     "safe_exp_sum",
+    "safe_shares",
+    "threads_for",
     "to_numpy",
 ]
 
+MANY_THREADS = 512  # width from which one product is worth more than one BLAS thread
 BLOCK_BYTES = 15e6  # of a block on a CPU: past a core's own cache, but enough to hide the cost of a call
 
 
@@ -82,8 +86,18 @@ def to_numpy(x: Array) -> NDArray[Any]:
 
 def column_sums(x: Array) -> Array:
     """(..., rows, cols) -> (..., 1, cols); a product with ones, several times faster than `sum` on many small matrices."""
-    xp = namespace(x)
-    return xp.ones((1, x.shape[-2]), dtype=x.dtype, device=device_of(x)) @ x
+    ones = _ones(x.shape[-2], x.dtype) if type(x) is np.ndarray else namespace(x).ones((1, x.shape[-2]), dtype=x.dtype, device=device_of(x))
+    return ones @ x
+
+
+@cache
+def _ones(n: int, dtype: Any) -> Any:
+    return np.ones((1, n), dtype=dtype)
+
+
+def readable(x: Array) -> bool:
+    """Whether x has values to look at; torch's meta tensors have shapes only."""
+    return str(device_of(x)) != "meta"
 
 
 def flatten(x: Array) -> Array:
@@ -103,11 +117,29 @@ def safe_exp_sum(R: Array, keep: Array) -> tuple[Array, Array, Array]:
     R (..., K, cols) with R = 0 where keep = 0; no overflow for large R, no cancellation for S near 0.
     """
     xp = namespace(R)
+    top, S, shares, rest = _shares(R, keep)
+    return top + xp.log1p(xp.expm1(-top) + S), shares, rest
+
+
+def safe_shares(R: Array, keep: Array) -> tuple[Array, Array]:
+    """The last two of `safe_exp_sum`."""
+    return _shares(R, keep)[2:]
+
+
+def _shares(R: Array, keep: Array) -> tuple[Array, Array, Array, Array]:
+    xp = namespace(R)
     top = xp.max(R, axis=-2, keepdims=True)  # >= 0: R is 0 at the entry left out
     E = xp.exp(R - top) * keep
     S = column_sums(E)
     share = 1.0 / (xp.exp(-top) + S)
-    return top + xp.log1p(xp.expm1(-top) + S), E * share, S * share
+    return top, S, E * share, S * share
+
+
+def threads_for(width: int) -> Any:
+    """A context of the BLAS threads that products of this width are worth: one below MANY_THREADS, else as many as there are."""
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(1 if width < MANY_THREADS else None)
 
 
 def keep_freed_memory() -> None:

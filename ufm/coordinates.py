@@ -63,6 +63,14 @@ class Coordinates:
         """The problem's own factors -> (B, n)."""
         return self.pack([f / s for s, f in zip(self.scales, factors, strict=True)])
 
+    def logits(self, factors: Sequence[Array]) -> Array:
+        """Z (B, K, cols) of the problem's own factors, bias included."""
+        return self.objective.logits(self.unpack(self.from_factors(factors)))
+
+    def renewed(self, x: Array) -> Coordinates:
+        """The coordinates of the next step from x: themselves, where the classifier is a factor (see `ufm.headed`)."""
+        return self
+
     def aligned(self, U: Array, s: Array, Vt: Array, bias: Sequence[Array]) -> Array:
         """x (B, n) with factors S^{1/(L+1)} along the first coordinates, whose product is U S V^T: the cheapest factors of that product.
 
@@ -203,6 +211,11 @@ def _scaled(
     problem: Problem, scales: Floats, unit: Floats, levels: Floats, bias_scale: Floats | None, runs: int, device: str
 ) -> Coordinates:
     """H_:c = scales_0 m_c^{-1/2} x_c, W_l = scales_l x_l, b = bias_scale x_b; penalties `levels` (G, L + 1) of their squares, per unit."""
+    if problem.special is not None:
+        raise ValueError(
+            f"solve, certify, hessian, classify: the problem has {problem.special}, but they apply to head=Learned() and radius=None; "
+            "use ufm.simulate"
+        )
     natural = objective(problem)
     root_m = np.sqrt(problem.multiplicity)[:, None, :]
     units: list[Any] = [s[:, None, None] for s in scales.T]

@@ -16,12 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ufm import metrics
-from ufm.arrays import Array, block_size, device_of, keep_freed_memory, namespace, place, to_numpy
+from ufm.arrays import Array, block_size, device_of, keep_freed_memory, namespace, place, threads_for, to_numpy
 from ufm.chain import forward
-from ufm.coordinates import Coordinates, balanced, weighted
+from ufm.coordinates import Coordinates, balanced
+from ufm.etf import NearestETF
+from ufm.headed import Headed, coordinates
 from ufm.problem import Problem
 from ufm.records import Stop, Trajectory
-from ufm.rules import Rule
+from ufm.rules import GradientFlow, Rule, StabilisedFlow
 from ufm.starts import BalancedNormal, Given, Start, first_factors, seeds
 
 Floats = NDArray[np.float64]
@@ -32,7 +34,8 @@ Ints = NDArray[np.int64]
 class Snapshot:
     """The live runs after `step` steps: which runs (B',) of the batch, their factors, time, value F, scale-free gradient_norm, and stop.
 
-    stop (B',): why a run ends here, None where it goes on. Arrays of numbers are numpy's, factors and logits those of the device.
+    stop (B',): why a run ends here, None where it goes on. Arrays of numbers are numpy's, factors and logits those of the device. With a
+    head or radius of the problem's own (`ufm.headed`) factors are (z, W[, b]), the features as used and what the next step starts with.
     """
 
     step: int
@@ -64,7 +67,12 @@ class Snapshot:
     @cached_property
     def logits(self) -> Array:
         """(B', K, cols), bias included."""
-        return self.frame.objective.logits(self.frame.unpack(self.frame.from_factors(self.factors)))
+        return self.frame.logits(self.factors)
+
+    @property
+    def nearest(self) -> NearestETF | None:
+        """With a nearest-ETF head the record of `etf.nearest` that W is from: s_min, condition, distance, ... (B',); else None."""
+        return self.frame.guide.nearest if isinstance(self.frame, Headed) and self.frame.guide is not None else None
 
 
 Probe = Callable[[Snapshot], Any]
@@ -86,9 +94,10 @@ def iterate(
     Runs whose scale-free gradient norm is at most tol, whose clock says so, or that diverged, leave after the Snapshot that says why.
     cells (B,): which entry of options per cell each run takes; by default its own.
     """
-    frame, gauge = weighted(problem, device=device), balanced(problem, device=device)
+    frame, gauge = coordinates(problem, device), balanced(problem, device=device) if problem.special is None else None
     runs = np.arange(problem.cells)
     x = frame.from_factors([place(np.asarray(f), device) for f in factors])
+    frame = frame.renewed(x)
     state = rule.start(frame, x, runs if cells is None else cells)
     taken = 0
     while True:
@@ -99,18 +108,19 @@ def iterate(
             return
         if not staying.all():
             at = namespace(x).asarray(np.flatnonzero(staying), device=device_of(x))
-            frame, gauge, x = frame.pick(at), gauge.pick(at), namespace(x).take(x, at, axis=0)
+            frame, gauge, x = frame.pick(at), None if gauge is None else gauge.pick(at), namespace(x).take(x, at, axis=0)
             state = tuple(namespace(x).take(part, at, axis=0) for part in state)
             runs = runs[staying]
         for _ in range(min(every, steps - taken)):
             x, state = rule.advance(frame, x, state)
+            frame = frame.renewed(x)
             taken += 1
 
 
 def _snapshot(
     problem: Problem,
     frame: Coordinates,
-    gauge: Coordinates,
+    gauge: Coordinates | None,
     rule: Rule,
     x: Array,
     state: tuple[Array, ...],
@@ -120,7 +130,8 @@ def _snapshot(
     tol: float | None,
 ) -> Snapshot:
     factors = frame.to_factors(x)
-    value, size, flat = map(to_numpy, (frame.value(x), *gauge.stationarity(gauge.from_factors(factors))))
+    worth = frame.stationarity(x) if gauge is None else gauge.stationarity(gauge.from_factors(factors))
+    value, size, flat = map(to_numpy, (frame.value(x), *worth))
     clock = rule.clock(state, taken)
     stop = np.full(len(runs), Stop.STEPS if taken >= steps else None, dtype=object)
     if clock.done is not None:
@@ -155,18 +166,16 @@ def simulate(
     cell-major. Raises ValueError or TypeError on bad options.
     """
     probe_of = _checked(problem, rule, runs, steps, tol, every, probes)
-    from threadpoolctl import threadpool_limits
-
     every = every or max(1, steps // 100)
-    frame = weighted(problem.cell(0))
+    frame = coordinates(problem.cell(0))
     start = BalancedNormal() if start is None else start
     factors = first_factors(problem, start, runs, seeds("simulate", seed, problem.cells), frame.objective.chain)
     cells = np.repeat(np.arange(problem.cells), runs)
     rows = problem.pick(cells)
     book = _Book.empty(factors, np.unique([*range(0, steps, every), steps]))
-    block = block_size(BYTES_PER_COORDINATE * len(frame.lower), device)
+    block = block_size(BYTES_PER_COORDINATE * sum(rows * cols for rows, cols in frame.shapes), device)
     keep_freed_memory()
-    with threadpool_limits(1 if problem.width < MANY_THREADS else None), np.errstate(over="ignore", invalid="ignore"):
+    with threads_for(problem.width), np.errstate(over="ignore", invalid="ignore"):
         for first in range(0, len(cells), block):
             part = np.arange(first, min(first + block, len(cells)))
             mine = [f[part] for f in factors]
@@ -174,10 +183,9 @@ def simulate(
                 book.write(part[snapshot.runs], snapshot, probe_of)
             if progress is not None:
                 progress(len(part))
-    return book.trajectory(weighted(rows), device)
+    return book.trajectory(coordinates(rows), device)
 
 
-MANY_THREADS = 512  # width from which one product is worth more than one BLAS thread
 BYTES_PER_COORDINATE = 8 * 18  # of a run: blocks of 16 runs of 6,000 coordinates, or 250 of 400
 OWN_RECORDS = ("value", "gradient_norm", "time")
 
@@ -212,7 +220,7 @@ class _Book:
     def trajectory(self, frame: Coordinates, device: str) -> Trajectory:
         own = {name: self.records.pop(name) for name in OWN_RECORDS}
         with np.errstate(over="ignore", invalid="ignore"):
-            logits = frame.objective.logits(frame.unpack(frame.from_factors(self.factors)))
+            logits = frame.logits(self.factors)
         *ends, Z = (place(part, device) for part in (*self.factors, logits))
         return Trajectory(self.step, **own, probes=self.records, stop=tuple(self.stop), steps=self.steps, factors=tuple(ends), logits=Z)
 
@@ -239,6 +247,11 @@ def _checked(
             raise ValueError(f"simulate: {name} is {value!r}, but must be a whole number, at least 1")
     if tol is not None and not (isinstance(tol, Real) and 0 < tol < 1):
         raise ValueError(f"simulate: tol is {tol!r}, but must lie between 0 and 1, or be None to take every step")
+    if problem.special is not None and isinstance(rule, (GradientFlow, StabilisedFlow)):
+        raise ValueError(
+            f"simulate: rule is {type(rule).__name__}, but the problem has {problem.special}, and a flow needs head=Learned() and "
+            "radius=None; use GradientDescent with a small step, Adam or AGD"
+        )
     cells = np.size(getattr(rule, "step", 1.0))
     if cells not in (1, problem.cells):
         raise ValueError(

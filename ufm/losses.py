@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ufm.arrays import Array, column_sums, like, namespace, safe_exp_sum, to_numpy
+from ufm.arrays import Array, column_sums, like, namespace, safe_exp_sum, safe_shares, to_numpy
 
 Floats = NDArray[np.float64]
 
@@ -133,18 +133,19 @@ class CrossEntropy:
         return (loss if T.weight is None else T.weight * loss)[..., 0, :]
 
     def slope(self, Z: Array, T: Targets) -> Array:
-        return self.value_and_slope(Z, T)[1]
+        return self._slope(*safe_shares(_margins(Z, T), T.wrong), T)
 
     def value_and_slope(self, Z: Array, T: Targets) -> tuple[Array, Array]:
         R = _margins(Z, T)
         loss, P, rest = safe_exp_sum(R, T.wrong)
-        if T.soft is not None:
-            loss, P = loss - column_sums(T.soft * R), P - T.soft * T.wrong
-            rest = column_sums(P)
-        slope = P - T.onehot * rest
-        if T.weight is not None:
-            loss, slope = T.weight * loss, T.weight * slope
-        return loss[..., 0, :], slope if T.temperature is None else slope / T.temperature
+        loss = loss if T.soft is None else loss - column_sums(T.soft * R)
+        return (loss if T.weight is None else T.weight * loss)[..., 0, :], self._slope(P, rest, T)
+
+    def _slope(self, P: Array, rest: Array, T: Targets) -> Array:
+        """From the shares P (B, K, cols) of the wrong classes, 0 at the true one, and their sum."""
+        slope = P - T.onehot * rest if T.soft is None else _close(P - T.soft * T.wrong, T)
+        slope = slope if T.weight is None else T.weight * slope
+        return slope if T.temperature is None else slope / T.temperature
 
     def curve(self, Z: Array, T: Targets, V: Array) -> Array:
         R = _margins(Z, T)
@@ -226,6 +227,45 @@ class MSE:
         xp = namespace(G)
         w = w[..., None, :]
         return G - xp.sum(w * G, axis=-1, keepdims=True) / xp.sum(w, axis=-1, keepdims=True)
+
+
+@dataclass(frozen=True)
+class DotRegression:
+    """(1/2) (z_y - 1)^2 per sample: the logit of the own class alone counts, w_y^T h + b_y -> 1 (Yang et al. 2022). Convex in z.
+
+    Slopes are zero at wrong classes, and the conjugate is infinite elsewhere: where wrong logits are free, so is much of the geometry.
+    """
+
+    name: ClassVar[str] = "DR"
+
+    def targets(self, onehot: Floats, counts: NDArray[np.int64]) -> Targets:
+        return Targets(onehot, 1.0 - onehot)
+
+    def value(self, Z: Array, T: Targets) -> Array:
+        return self.value_and_slope(Z, T)[0]
+
+    def slope(self, Z: Array, T: Targets) -> Array:
+        return (Z - 1.0) * T.onehot
+
+    def value_and_slope(self, Z: Array, T: Targets) -> tuple[Array, Array]:
+        E = self.slope(Z, T)
+        return 0.5 * namespace(Z).sum(E * E, axis=-2), E
+
+    def curve(self, Z: Array, T: Targets, V: Array) -> Array:
+        return V * T.onehot
+
+    def conjugate(self, G: Array, T: Targets) -> Array:
+        """g_y + g_y^2/2 where g is zero at the wrong classes, infinite elsewhere."""
+        xp = namespace(G)
+        return xp.where(xp.all(G * T.wrong == 0, axis=-2), xp.sum(G * (0.5 * G + 1.0), axis=-2), xp.inf)
+
+    def recentre(self, G: Array, T: Targets, w: Array) -> Array:
+        """Slopes less the weighted mean of their class: nothing is left of class means."""
+        xp = namespace(G)
+        w = w[..., None, :] * T.onehot
+        total = xp.sum(w, axis=-1, keepdims=True)
+        share = w / xp.where(total > 0, total, 1.0)  # exactly 1 for a column alone, of which exactly nothing is left
+        return (G - xp.sum(share * G, axis=-1, keepdims=True)) * T.onehot
 
 
 @dataclass(frozen=True)
@@ -314,12 +354,13 @@ def from_autograd(value: Callable[[Any, Any], Any]) -> FromAutograd:
     return FromAutograd(value)
 
 
-Loss = CrossEntropy | MSE | Focal | FromAutograd
-ConvexLoss = CrossEntropy | MSE  # those with a conjugate
+Loss = CrossEntropy | MSE | DotRegression | Focal | FromAutograd
+ConvexLoss = CrossEntropy | MSE | DotRegression  # those with a conjugate
 
 TABLE: dict[str, type[Loss]] = {
     "CE": CrossEntropy,
     "MSE": MSE,
+    "DR": DotRegression,
     "focal": Focal,
     "autograd": FromAutograd,
 }

@@ -123,8 +123,8 @@ def objective(problem: Problem, runs: int = 1, device: str = "numpy") -> Objecti
     onehot = np.moveaxis(np.eye(problem.classes)[problem.labels], -1, -2)  # (G, K, cols)
     m = problem.multiplicity[:, None, :]
     penalties = [problem.lam_h[:, None, None] * m, *(w[:, None, None] for w in problem.lam_w.T)]
-    if problem.lam_b is not None:
-        penalties.append(problem.lam_b[:, None, None])
+    if problem.biased:
+        penalties.append((np.zeros(problem.cells) if problem.lam_b is None else problem.lam_b)[:, None, None])
     per_cell = Objective(
         chain_of(problem),
         problem.loss,
@@ -138,4 +138,4 @@ def objective(problem: Problem, runs: int = 1, device: str = "numpy") -> Objecti
 
 def chain_of(problem: Problem) -> Chain:
     """The factor chain of a problem."""
-    return Chain(problem.depth, problem.features == "relu_of_free", problem.activation == "relu", problem.lam_b is not None)
+    return Chain(problem.depth, problem.features == "relu_of_free", problem.activation == "relu", problem.biased)

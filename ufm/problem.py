@@ -2,7 +2,8 @@
 
     F = sum_c (m_c/N) loss(Z_:c, y_c) + sum_l (lam_w[l]/2)||W_l||^2 + (lam_h/2) sum_c m_c ||H_:c||^2 + (lam_b/2)||b||^2
 
-is the one convention (see `ufm.objective`); `PAPERS` converts the papers' penalties to it and back.
+is the one convention (see `ufm.objective`); `PAPERS` converts the papers' penalties to it and back. A head other than the learned one
+(`ufm.heads`) replaces W, its penalty and the bias; a radius replaces the feature penalty: H_:c stands for radius H_:c/||H_:c||.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ufm import heads
+from ufm.heads import Head, Learned
 from ufm.losses import TABLE, CrossEntropy, Loss
 
 Floats = NDArray[np.float64]
@@ -28,6 +32,8 @@ class Problem:
     counts: (K,) or (G, K) samples per class. lam_h, lam_b: scalar or (G,); lam_w: scalar, (G,), or per layer (1, L), (G, L), W_1 first.
     lam_b None: no bias, 0.0: a free one. features: "free", "relu" (H >= 0), "relu_of_free" (H = relu(V); samples only).
     activation: after W_1 ... W_{L-1}, never on H or the logits. columns: "means" (one per class) or "samples".
+    head: how W comes about (`ufm.heads`); radius: the norm that every feature column is given. Both need depth 1, free features, and 0
+    for the penalties they replace; class means then stand for samples that are equal within their class.
     Held normalised: counts (G, K) integers, lam_w (G, L), lam_h (G,), lam_b (G,) or None. Raises ValueError or TypeError on bad input.
     """
 
@@ -40,12 +46,15 @@ class Problem:
     lam_w: Any = field(kw_only=True)
     lam_h: Any = field(kw_only=True)
     lam_b: Any = field(default=None, kw_only=True)
+    head: Head = field(default_factory=Learned, kw_only=True)
+    radius: float | None = field(default=None, kw_only=True)
     columns: Literal["means", "samples"] = field(default="means", kw_only=True)
 
     def __post_init__(self) -> None:
         self._check_options()
         self._spread_over_cells()
         self._check_columns()
+        self._check_head()
         if isinstance(self.loss, CrossEntropy):
             self.loss.per_class(self.counts)
 
@@ -55,8 +64,8 @@ class Problem:
                 raise ValueError(f"Problem: {name} is {getattr(self, name)!r}, but must be one of {', '.join(map(repr, allowed))}")
         if not isinstance(self.loss, tuple(TABLE.values())):
             raise TypeError(
-                f"Problem: loss is {self.loss!r}, but must be a loss object; use ufm.CrossEntropy(), ufm.MSE(), ufm.Focal(gamma) "
-                "or ufm.losses.from_autograd(value)"
+                f"Problem: loss is {self.loss!r}, but must be a loss object; use ufm.CrossEntropy(), ufm.MSE(), ufm.DotRegression(), "
+                "ufm.Focal(gamma) or ufm.losses.from_autograd(value)"
             )
         for name in ("width", "depth"):
             value = getattr(self, name)
@@ -100,6 +109,44 @@ class Problem:
                 "Problem: columns='samples' needs the same number of samples N in every cell, but the cells have "
                 f"N = {', '.join(map(str, sorted(set(self.samples.tolist()))))}; use columns='means' or one problem per N"
             )
+
+    def _check_head(self) -> None:
+        if not isinstance(self.head, tuple(heads.TABLE.values())):
+            raise TypeError(f"Problem: head is {self.head!r}, but must be one of ufm.heads ({', '.join(heads.TABLE)}), called")
+        r = self.radius
+        if r is not None and (isinstance(r, bool) or not isinstance(r, Real) or not 0 < r < np.inf):
+            raise ValueError(f"Problem: radius is {r!r}, but must be a positive, finite number, or None for features of any norm")
+        if self.special is None:
+            return
+        if self.depth != 1 or self.features != "free":
+            raise ValueError(
+                f"Problem: depth is {self.depth} and features is {self.features!r}, but {self.special} needs depth=1 and features='free'; "
+                "use those, or head=ufm.heads.Learned() and radius=None"
+            )
+        fixed = {
+            "lam_h": "" if r is None else f"radius={r} fixes the norm of every feature column",
+            "lam_w": "" if self.head.norms is None else f"head={self.head.name} {self.head.norms}",
+        }
+        for name, why in fixed.items():
+            if why and np.any(getattr(self, name) > 0):
+                raise ValueError(f"Problem: {name} holds {getattr(self, name).max()}, but {why}; use {name}=0")
+        if self.lam_b is not None and not self.head.trained:
+            raise ValueError(
+                f"Problem: lam_b holds {self.lam_b.max()}, but head={self.head.name} computes its bias, b = -W mu_G; use lam_b=None"
+            )
+        self.head.check(self.classes, self.width)
+
+    @property
+    def special(self) -> str | None:
+        """The head and radius in words where they are not those of the plain model, W learned and features of any norm; None there."""
+        if isinstance(self.head, Learned) and self.radius is None:
+            return None
+        return f"head={self.head.name}" if self.radius is None else f"head={self.head.name}, radius={self.radius:g}"
+
+    @property
+    def biased(self) -> bool:
+        """Whether the logits have a bias, trained or the head's own."""
+        return self.lam_b is not None or self.head.bias is not None
 
     @property
     def cells(self) -> int:

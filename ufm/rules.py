@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ufm.arrays import Array, like, namespace
+from ufm.arrays import Array, flatten, like, namespace, norm
 from ufm.coordinates import Coordinates
 from ufm.flow import Clock, GradientFlow, State, check
 from ufm.stabilised import StabilisedFlow
@@ -100,6 +100,46 @@ class Adam:
         return Clock(state[0][:, 0] * taken, None)
 
 
+@dataclass(frozen=True)
+class AGD:
+    """p <- P(p - gain (eta/L) sigma_p g_p/||g_p||_F) for each of the L trained matrices p, g_p the gradient of F; g_p = 0 moves nothing.
+
+    eta = log((1 + sqrt(1 + 4 G))/2), G = (1/L) sum_p sigma_p ||g_p||_F, and sigma_p = sqrt(rows/columns) of p as networks store it:
+    sqrt(N/d) for features (a sample a row), sqrt(K/d) for the classifier. On class means this is AGD on samples that start equal in each
+    class. Time is gain times the sum of all eta. A trained bias is refused, as the authors' code does: it has no sigma.
+    Source: Bernstein, Mingard, Huang, Azizan & Yue 2023 (arXiv 2304.05187).
+    """
+
+    gain: float = 1.0
+
+    def __post_init__(self) -> None:
+        check("AGD", "gain", self.gain, 0.0, np.inf)
+
+    def start(self, function: Coordinates, x: Array, cells: NDArray[np.int64]) -> State:
+        if function.objective.chain.bias and function.shapes[-1][1] == 1:
+            raise ValueError("rules.AGD: the problem has a trained bias, but AGD moves matrices only; use lam_b=None, or another rule")
+        xp = namespace(x)
+        samples = xp.sum(function.scales[0] ** -2, axis=(1, 2))[:, None]  # a column of m samples is scaled by 1/sqrt(m)
+        (width, _), *others = function.shapes
+        fixed = like(np.sqrt([[rows / columns for rows, columns in others]]), x)
+        sigma = xp.concat([xp.sqrt(samples / width), xp.broadcast_to(fixed, (x.shape[0], len(others)))], axis=1)
+        return (sigma, xp.zeros_like(samples))
+
+    def advance(self, function: Coordinates, x: Array, state: State) -> tuple[Array, State]:
+        xp = namespace(x)
+        sigma, time = state  # (B, L), (B, 1)
+        slopes = function.unpack(function.gradient(x))
+        sizes = xp.stack([norm(flatten(g)) for g in slopes], axis=1)
+        G = xp.mean(sigma * sizes, axis=1, keepdims=True)
+        eta = xp.log1p(2.0 * G / (1.0 + xp.sqrt(1.0 + 4.0 * G)))
+        rates = self.gain / len(slopes) * eta * sigma / xp.where(sizes == 0, 1.0, sizes)
+        x -= function.pack([rates[:, i, None, None] * g for i, g in enumerate(slopes)])
+        return function.project(x), (sigma, time + self.gain * eta)
+
+    def clock(self, state: State, taken: int) -> Clock:
+        return Clock(state[1][:, 0], None)
+
+
 def _per_run(option: Any, cells: NDArray[np.int64], x: Array) -> Array:
     """An option of every cell as a column (B, 1) beside x."""
     values = np.atleast_1d(np.asarray(option, dtype=np.float64))
@@ -121,5 +161,5 @@ def _steps(rule: str, value: Any) -> float | tuple[float, ...]:
     return tuple(map(float, array)) if array.ndim else float(array)
 
 
-TABLE = {"GradientDescent": GradientDescent, "Adam": Adam, "GradientFlow": GradientFlow, "StabilisedFlow": StabilisedFlow}
-__all__ = ["TABLE", "Adam", "Clock", "GradientDescent", "GradientFlow", "Rule", "StabilisedFlow", "State"]
+TABLE = {"GradientDescent": GradientDescent, "Adam": Adam, "AGD": AGD, "GradientFlow": GradientFlow, "StabilisedFlow": StabilisedFlow}
+__all__ = ["AGD", "TABLE", "Adam", "Clock", "GradientDescent", "GradientFlow", "Rule", "StabilisedFlow", "State"]

@@ -80,6 +80,25 @@ class Orthogonal:
 
 
 @dataclass(frozen=True)
+class AGDOrthogonal:
+    """The start of `rules.AGD`: scale sigma_p (semi-orthogonal), sigma_p = sqrt(rows/columns) as networks store the factor; a bias is 0.
+
+    sqrt(N/d) for features, sqrt(K/d) for W; Haar-distributed. With class means as columns, H diag(m)^{1/2} is the semi-orthogonal one:
+    the features of samples that are equal within each class then have all their singular values at sigma too.
+    Source: Bernstein et al. 2023 (arXiv 2304.05187), Algorithm 1.
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_scale("agd", self.scale)
+
+    def draw(self, cell: Problem, shapes: Sequence[tuple[int, int]], generator: np.random.Generator) -> list[Floats]:
+        H, *rest = (self.scale * _semi_orthogonal(generator, *shape) for shape in shapes)
+        return [np.sqrt(cell.samples[0] / cell.width / cell.multiplicity[0]) * H, *(np.sqrt(W.shape[0] / W.shape[1]) * W for W in rest)]
+
+
+@dataclass(frozen=True)
 class Spectral:
     """Aligned factors F_l = Q_l S^{1/(L+1)} Q_{l-1}^T: their product U S V^T has the singular vectors of -(loss slope at 0) diag(m)^{1/2}.
 
@@ -173,6 +192,6 @@ def _checked(given: Sequence[Any], shapes: Sequence[tuple[int, int]], batch: int
     return [np.array(np.broadcast_to(array, (batch, *shape))) for array, shape in zip(arrays, shapes, strict=True)]
 
 
-normal, balanced, orthogonal, spectral, given = Normal, BalancedNormal, Orthogonal, Spectral, Given
+normal, balanced, orthogonal, agd, spectral, given = Normal, BalancedNormal, Orthogonal, AGDOrthogonal, Spectral, Given
 
-TABLE = {"normal": Normal, "balanced": BalancedNormal, "orthogonal": Orthogonal, "spectral": Spectral, "given": Given}
+TABLE = {"normal": Normal, "balanced": BalancedNormal, "orthogonal": Orthogonal, "agd": AGDOrthogonal, "spectral": Spectral, "given": Given}

@@ -102,6 +102,49 @@ def duality_distance(W: Any, C: Any) -> float:
     return sum(sqrt(np.sum((W[k] / sqrt(W[k] @ W[k]) - c / sqrt(c @ c)) ** 2)) for k, c in enumerate(C.T)) / len(W)
 
 
+def vci(H: Any, y: Any, K: int, m: Any, weights: str, rcond: float) -> float:
+    mu, n = class_means(H, y, K, m), np.array([sum(m[y == k]) for k in range(K)])
+    between = sigma_b(mu, n, "samples", weights)
+    total = between + sigma_w(H, y, K, m)
+    return float(1 - np.trace(np.linalg.pinv(total, rcond=rcond) @ between) / min(len(H), K - 1))
+
+
+def cosine_margins(H: Any, W: Any, y: Any, m: Any) -> list[float]:
+    mean, rows = sum(m[i] * H[:, i] for i in range(len(y))) / sum(m), W - sum(W) / len(W)
+    out = []
+    for i in range(len(y)):
+        c = [cosine(H[:, i] - mean, row) for row in rows]
+        out.append(c[y[i]] - max(c[j] for j in range(len(W)) if j != y[i]))
+    return out
+
+
+def own_cosine(H: Any, W: Any, y: Any, m: Any) -> float:
+    return sum(m[i] * cosine(H[:, i], W[y[i]]) for i in range(len(y))) / sum(m)
+
+
+def nearest_etf(Y: Any) -> Any:
+    """U Mt with U = A (A^T A)^{-1/2}, A = Y Q over an orthonormal basis Q of the vectors that sum to zero, by eigenvectors of A^T A."""
+    K = Y.shape[1]
+    Q = np.linalg.eigh(etf(K))[1][:, 1:]
+    A = Y @ Q
+    s, V = np.linalg.eigh(A.T @ A)
+    return A @ V @ np.diag(s**-0.5) @ V.T @ Q.T / sqrt(K - 1)
+
+
+def etf_distance(C: Any) -> float:
+    """1 + ||Y||^2 - 2||Y M||_*/sqrt(K - 1), as printed."""
+    Y, K = normalised(C), C.shape[1]
+    return float(1 + np.sum(Y * Y) - 2 * sum(singular_values(Y @ etf(K))[: K - 1]) / sqrt(K - 1))
+
+
+def nuclear_rank(A: Any) -> float:
+    return float(np.linalg.norm(A, "nuc") ** 2 / np.sum(A * A))
+
+
+def class_rank(H: Any, y: Any, K: int, m: Any) -> float:
+    return sum(nuclear_rank(np.repeat(H[:, y == k], np.int64(m[y == k]), axis=1)) for k in range(K)) / K
+
+
 def equinorm(C: Any) -> float:
     lengths = [sqrt(c @ c) for c in C.T]
     mean = sum(lengths) / len(lengths)

@@ -168,6 +168,11 @@ ABOUT: dict[str, tuple[Callable[[Point, Any, Any], Any], Callable[[One, Any], An
         lambda p, c, n: metrics.equiangularity(p.means, centre=c, counts=n),
         lambda o, C: loops.moments(loops.cosines(C))[1] ** 0.5,
     ),
+    "equinorm_difference": (
+        lambda p, c, n: metrics.equinorm_difference(p.W, p.means, centre=c, counts=n),
+        lambda o, C: abs(loops.equinorm(C) - loops.equinorm(o.W.T)),
+    ),
+    "etf_distance": (lambda p, c, n: metrics.etf_distance(p.means, centre=c, counts=n), lambda o, C: loops.etf_distance(C)),
     "maximal_angle": (
         lambda p, c, n: metrics.maximal_angle(p.means, centre=c, counts=n),
         lambda o, C: np.mean([abs(x + 1 / (o.K - 1)) for x in loops.cosines(C)]),
@@ -213,6 +218,18 @@ METRICS: dict[str, tuple[Mine, Theirs]] = {
     ),
     "nc4 no bias": (lambda p: metrics.nc4(p.H, p.W, p.means), lambda o: loops.nc4(o.H, o.W, 0 * o.b, o.mu, 0 * o.m + 1)),
     "nc5": (lambda p: metrics.nc5(p.means, p.direction), lambda o: loops.nc5(o.mu, o.g)),
+    "ncc_mismatch": (
+        lambda p: metrics.ncc_mismatch(p.H, p.W, p.means, p.bias, multiplicity=p.multiplicity),
+        lambda o: 1 - loops.nc4(o.H, o.W, o.b, o.mu, o.m),
+    ),
+    "vci classes": (
+        lambda p: metrics.vci(p.H, p.labels, p.classes, p.multiplicity, rtol=1e-9),
+        lambda o: loops.vci(o.H, o.y, o.K, o.m, "classes", 1e-9),
+    ),
+    "vci samples": (
+        lambda p: metrics.vci(p.H, p.labels, p.classes, p.multiplicity, weights="samples", rtol=1e-9),
+        lambda o: loops.vci(o.H, o.y, o.K, o.m, "samples", 1e-9),
+    ),
     "class_norms": (lambda p: metrics.class_norms(p.means), lambda o: [np.linalg.norm(c) for c in o.mu.T]),
     "smallest_row_distance": (
         lambda p: metrics.smallest_row_distance(p.W),
@@ -263,6 +280,31 @@ METRICS: dict[str, tuple[Mine, Theirs]] = {
     "sorted_margins": (
         lambda p: metrics.sorted_margins(p.logits, p.labels),
         lambda o: sorted(loops.margins(o.W @ o.H + o.b[:, None], o.y, "max")),
+    ),
+    "cosine_margins": (
+        lambda p: metrics.cosine_margins(p.H, p.W, p.labels, p.multiplicity),
+        lambda o: loops.cosine_margins(o.H, o.W, o.y, o.m),
+    ),
+    "sorted_cosine_margins": (
+        lambda p: metrics.sorted_cosine_margins(p.H, p.W, p.labels),
+        lambda o: sorted(loops.cosine_margins(o.H, o.W, o.y, 0 * o.m + 1)),
+    ),
+    "cosine_margin": (
+        lambda p: metrics.cosine_margin(p.H, p.W, p.labels, p.multiplicity),
+        lambda o: np.average(loops.cosine_margins(o.H, o.W, o.y, o.m), weights=o.m),
+    ),
+    "own_cosine": (
+        lambda p: metrics.own_cosine(p.H, p.W, p.labels, p.multiplicity),
+        lambda o: loops.own_cosine(o.H, o.W, o.y, o.m),
+    ),
+    "etf_separation": (
+        lambda p: metrics.etf_separation(p.means, p.W.mT),
+        lambda o: np.sum((loops.nearest_etf(o.mu) - loops.nearest_etf(o.W.T)) ** 2),
+    ),
+    "nuclear_rank": (lambda p: metrics.nuclear_rank(p.W), lambda o: loops.nuclear_rank(o.W)),
+    "class_rank": (
+        lambda p: metrics.class_rank(p.H, p.labels, p.classes, p.multiplicity),
+        lambda o: loops.class_rank(o.H, o.y, o.K, o.m),
     ),
     "singular_values": (lambda p: metrics.singular_values(p.W), lambda o: loops.singular_values(o.W)),
     "numerical_rank": (lambda p: metrics.numerical_rank(p.W, 0.3), lambda o: rank(loops.singular_values(o.W), 0.3)),

@@ -4,6 +4,7 @@ Arrays of any library, runs first: features (B, d, cols), class means (B, d, K),
 Each metric is (B,), a distribution or spectrum (B, m), in float64; each names its centre and weights. A run that is not finite gives NaN.
 """
 
+from ufm.metrics.alignment import cosine_margin, cosine_margins, etf_distance, etf_separation, own_cosine, sorted_cosine_margins
 from ufm.metrics.balance import balance
 from ufm.metrics.collapse import (
     cdnv,
@@ -16,8 +17,10 @@ from ufm.metrics.collapse import (
     nc1_quotient,
     nc4,
     nc5,
+    ncc_mismatch,
     row_cosines,
     smallest_row_distance,
+    vci,
 )
 from ufm.metrics.geometry import (
     Moments,
@@ -28,6 +31,7 @@ from ufm.metrics.geometry import (
     duality_variance,
     equiangularity,
     equinorm,
+    equinorm_difference,
     gram_distance,
     log_distance_kernel,
     margins,
@@ -41,7 +45,15 @@ from ufm.metrics.geometry import (
     sorted_margins,
     target_distances,
 )
-from ufm.metrics.rank import effective_rank, numerical_rank, participation_ratio, singular_values, stable_rank
+from ufm.metrics.rank import (
+    class_rank,
+    effective_rank,
+    nuclear_rank,
+    numerical_rank,
+    participation_ratio,
+    singular_values,
+    stable_rank,
+)
 from ufm.metrics.statistics import ClassStatistics, class_statistics, from_scatter
 
 __all__ = [
@@ -51,7 +63,10 @@ __all__ = [
     "bias_term",
     "cdnv",
     "class_norms",
+    "class_rank",
     "class_statistics",
+    "cosine_margin",
+    "cosine_margins",
     "dead_coordinates",
     "dead_samples",
     "distance_kernel",
@@ -62,6 +77,9 @@ __all__ = [
     "effective_rank",
     "equiangularity",
     "equinorm",
+    "equinorm_difference",
+    "etf_distance",
+    "etf_separation",
     "from_scatter",
     "gram_distance",
     "group_spread",
@@ -78,12 +96,17 @@ __all__ = [
     "nc3_raw",
     "nc4",
     "nc5",
+    "ncc_mismatch",
+    "nuclear_rank",
     "numerical_rank",
+    "own_cosine",
     "participation_ratio",
     "row_cosines",
     "singular_values",
     "smallest_row_distance",
+    "sorted_cosine_margins",
     "sorted_margins",
     "stable_rank",
     "target_distances",
+    "vci",
 ]

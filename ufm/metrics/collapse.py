@@ -25,8 +25,8 @@ from ufm.metrics.door import (
     units,
     where_finite,
 )
-from ufm.metrics.rank import left_svd
-from ufm.metrics.statistics import ClassStatistics, centred
+from ufm.metrics.rank import svd
+from ufm.metrics.statistics import ClassStatistics, centred, nobody_missing
 
 Centre = Literal["classes", "samples"]
 EPS = float(np.finfo(np.float64).eps)
@@ -41,7 +41,7 @@ def nc1(stats: ClassStatistics, *, centre: Centre = "classes", weights: Centre =
     """
     C, omega = _between("nc1", stats, centre, weights)
     xp = namespace(C)
-    U, s = left_svd(C * xp.sqrt(omega))
+    U, s, _ = svd(C * xp.sqrt(omega))
     spread = xp.clip(column_sums(U * (stats.within @ U))[:, 0, :], 0.0, None)  # u^T Sigma_W u; rounding may leave -1e-33
     rtol = max(stats.means.shape[1:]) * EPS if rtol is None else rtol
     zero = quotient(s, s[:, :1]) ** 2 <= rtol
@@ -54,6 +54,33 @@ def nc1_quotient(stats: ClassStatistics, *, centre: Centre = "classes", weights:
     vecdot = namespace(C).vecdot
     share = stats.counts / namespace(C).sum(stats.counts, axis=-1, keepdims=True)
     return quotient(vecdot(share, stats.variances), vecdot(omega[:, 0, :], column_sums(C * C)[:, 0, :]))
+
+
+def vci(H: Array, labels: Any, classes: int, multiplicity: Any = None, *, weights: Centre = "classes", rtol: float | None = None) -> Array:
+    """Variability collapse index 1 - tr(pinv(Sigma_T) Sigma_B)/min(d, K - 1), (B,), Sigma_T = Sigma_W + Sigma_B: 0 at collapse, at most 1.
+
+    H (B, d, cols), labels and multiplicity as in `class_statistics`; Sigma_B about the mean of all samples, with weights as in `nc1`.
+    Directions whose eigenvalue of Sigma_T is at most rtol times the largest count as zero; rtol = d 2^-52 by default, as in pinv of the
+    d x d matrix. Source: Xu & Liu 2023 (arXiv 2306.03440).
+    """
+    choice("vci", "weights", weights, ("classes", "samples"))
+    H = matrices("vci", "H", H, "(B, d, cols)")
+    xp = namespace(H)
+    d, cols = H.shape[1:]
+    member = membership("vci", labels, classes, H)
+    m = positive("vci", "multiplicity", np.ones(cols) if multiplicity is None else multiplicity, H, cols)
+    counts = column_sums(member * m.mT)
+    nobody_missing("vci", counts)
+    means, rest = residuals(H, member, m)
+    share = counts / xp.sum(counts, axis=-1, keepdims=True)
+    C = centred(means)
+    between = (C - C @ share.mT) * (xp.sqrt(share) if weights == "samples" else classes**-0.5)
+    within = rest * xp.sqrt(m / xp.sum(counts, axis=-1, keepdims=True))
+    _, s, Vt = svd(xp.concat([between, within], axis=-1))  # its Gram is Sigma_T, and the trace the first K columns of V^T squared
+    kept = quotient(s, s[:, :1]) ** 2 > (d * EPS if rtol is None else rtol)
+    inside = xp.sum(xp.where(kept, xp.sum(Vt[:, :, classes:] ** 2, axis=-1), 0.0), axis=-1)  # tr(pinv(Sigma_T) Sigma_W)
+    rank, most = xp.sum(xp.astype(kept, H.dtype), axis=-1), min(d, classes - 1)
+    return where_finite((most - rank + inside) / most, H)
 
 
 def cdnv(means: Array, variances: Array, power: float = 1.0) -> Array:
@@ -99,6 +126,11 @@ def nc4(H: Array, W: Array, means: Array, bias: Array | None = None, *, multipli
     m = positive("nc4", "multiplicity", np.ones(H.shape[2]) if multiplicity is None else multiplicity, H, H.shape[2])[:, 0, :]
     share = xp.vecdot(same, xp.broadcast_to(m, same.shape)) / xp.sum(m, axis=-1)
     return where_finite(where_finite(share, logits), nearness)
+
+
+def ncc_mismatch(H: Array, W: Array, means: Array, bias: Array | None = None, *, multiplicity: Any = None) -> Array:
+    """1 - `nc4`, (B,): the share of samples whose nearest class mean is not the class the network predicts; 0 at collapse."""
+    return 1.0 - nc4(H, W, means, bias, multiplicity=multiplicity)
 
 
 def nc5(means: Array, direction: Any) -> Array:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ufm.arrays import Array, column_sums, device_of, like, namespace, to_numpy
+from ufm.arrays import Array, column_sums, device_of, like, namespace, readable, to_numpy
 
 NEAR = 1e-2  # squared distances below this share of the squared norms are computed again by differences
 
@@ -72,11 +72,6 @@ def membership(call: str, labels: Any, classes: int, x: Array, name: str = "labe
         raise ValueError(f"metrics.{call}: {name} runs from {xp.min(labels)} to {xp.max(labels)}, but must lie between 0 and {classes - 1}")
     each = xp.arange(classes, dtype=xp.int64, device=device_of(x))
     return xp.astype(xp.reshape(labels, (-1, cols, 1)) == each, x.dtype)
-
-
-def readable(x: Array) -> bool:
-    """Whether x has values to look at; torch's meta tensors have shapes only."""
-    return str(device_of(x)) != "meta"
 
 
 def residuals(X: Array, member: Array, weight: Array | None = None) -> tuple[Array, Array]:

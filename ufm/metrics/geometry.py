@@ -36,12 +36,12 @@ def gram_distance(gram: Array, target: Any) -> Array:
     target = constant(target, gram)
     target = matrices("gram_distance", "target", target if target.ndim == 3 else target[None, ...], "(m, n) or (B, m, n)")
     fits("gram_distance", "target", target, tuple(gram.shape), "gram")
-    return namespace(gram).linalg.matrix_norm(_normalised(gram) - _normalised(target))
+    return namespace(gram).linalg.matrix_norm(normalised(gram) - normalised(target))
 
 
 def nc2(means: Array, *, centre: Centre = "classes", counts: Any = None) -> Array:
     """||<C^T C> - <I - 11^T/K>||_F, (B,), C the class means about the centre: distance to a simplex ETF. Source: Zhu et al. 2021."""
-    C = _about("nc2", means, centre, counts)
+    C = about("nc2", means, centre, counts)
     return gram_distance(C.mT @ C, etf_targets(C.shape[-1]).features)
 
 
@@ -92,9 +92,15 @@ def duality_distance(W: Array, means: Array, *, centre: Centre = "classes", coun
 
 def equinorm(means: Array, *, centre: Centre = "classes", counts: Any = None) -> Array:
     """Standard deviation (divisor K - 1) over mean of the norms ||c_k||, (B,), about the centre. Source: Papyan et al. 2020."""
-    lengths = norm(_about("equinorm", means, centre, counts).mT)
+    lengths = norm(about("equinorm", means, centre, counts).mT)
     xp = namespace(lengths)
     return quotient(xp.std(lengths, axis=-1, correction=1), xp.mean(lengths, axis=-1))
+
+
+def equinorm_difference(W: Array, means: Array, *, centre: Centre = "classes", counts: Any = None) -> Array:
+    """|equinorm of the class means about the centre - equinorm of the rows of W (B, K, d)|, (B,). Source: Markou et al. 2024."""
+    W, _ = _both("equinorm_difference", W, means, centre, counts)
+    return namespace(W).abs(equinorm(means, centre=centre, counts=counts) - equinorm(W.mT, centre="origin"))
 
 
 def equiangularity(means: Array, *, centre: Centre = "classes", counts: Any = None) -> Array:
@@ -118,7 +124,7 @@ def distance_kernel(means: Array, *, centre: Centre = "classes", counts: Any = N
 
     NaN where a vector is zero. Source: Liu et al. 2023 (hyperspherical uniformity, arXiv 2303.06484).
     """
-    apart = pairs(squared_distances(units(_about("distance_kernel", means, centre, counts))))
+    apart = pairs(squared_distances(units(about("distance_kernel", means, centre, counts))))
     return _moments(namespace(apart).sqrt(apart))
 
 
@@ -127,7 +133,7 @@ def log_distance_kernel(means: Array, *, centre: Centre = "classes", counts: Any
 
     NaN where a vector is zero. Source: Liu et al. 2023 (hyperspherical uniformity, arXiv 2303.06484).
     """
-    apart = pairs(squared_distances(units(_about("log_distance_kernel", means, centre, counts))))
+    apart = pairs(squared_distances(units(about("log_distance_kernel", means, centre, counts))))
     with np.errstate(divide="ignore"):
         return _moments(-0.5 * namespace(apart).log(apart))
 
@@ -184,7 +190,7 @@ def sorted_margins(logits: Array, labels: Any, against: Literal["mean", "max"] =
     return namespace(values).sort(values, axis=-1)
 
 
-def _about(call: str, means: Array, centre: Centre, counts: Any) -> Array:
+def about(call: str, means: Array, centre: Centre, counts: Any) -> Array:
     """Class means about the centre, (B, d, K)."""
     choice(call, "centre", centre, CENTRES)
     means = matrices(call, "means", means, "(B, d, K)")
@@ -201,17 +207,17 @@ def _about(call: str, means: Array, centre: Centre, counts: Any) -> Array:
 
 def _both(call: str, W: Array, means: Array, centre: Centre, counts: Any) -> tuple[Array, Array]:
     """W (B, K, d) and the class means about the centre (B, d, K)."""
-    W, C = matrices(call, "W", W, "(B, K, d)"), _about(call, means, centre, counts)
+    W, C = matrices(call, "W", W, "(B, K, d)"), about(call, means, centre, counts)
     fits(call, "W", W, (C.shape[0], C.shape[2], C.shape[1]), "means")
     return W, C
 
 
 def _cosines(call: str, means: Array, centre: Centre, counts: Any) -> Array:
-    U = units(_about(call, means, centre, counts))
+    U = units(about(call, means, centre, counts))
     return pairs(U.mT @ U)
 
 
-def _normalised(A: Array) -> Array:
+def normalised(A: Array) -> Array:
     """<A>, with <0> = 0; scaled by the largest entry first, so that no square is lost."""
     xp = namespace(A)
     A = quotient(A, xp.max(xp.abs(A), axis=(1, 2), keepdims=True))

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ufm.arrays import Array, column_sums, namespace
-from ufm.metrics.door import fits, matrices, membership, positive, readable, residuals
+from ufm.arrays import Array, column_sums, namespace, readable
+from ufm.metrics.door import fits, matrices, membership, positive, residuals
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ def class_statistics(H: Array, labels: Any, classes: int, multiplicity: Any = No
     ones = np.ones(H.shape[-1])
     weight = positive("class_statistics", "multiplicity", ones if multiplicity is None else multiplicity, H, H.shape[-1])
     counts = column_sums(member * weight.mT)  # (B or 1, 1, K)
-    _nobody_missing(counts)
+    nobody_missing("class_statistics", counts)
     means, rest = residuals(H, member, weight)
     squares = column_sums(rest * rest) * weight
     basis, coordinates = _span(means)
@@ -71,10 +71,11 @@ def _span(means: Array) -> tuple[Array, Array]:
     return basis, coordinates
 
 
-def _nobody_missing(counts: Array) -> None:
+def nobody_missing(call: str, counts: Array) -> None:
+    """Refuse class counts (B, 1, K) with a zero in some run."""
     if readable(counts) and not bool(namespace(counts).all(counts > 0)):
         K = counts.shape[-1]
         absent = [k for k in range(K) if not bool(namespace(counts).all(counts[:, 0, k] > 0))]
         raise ValueError(
-            f"metrics.class_statistics: class {absent[0]} of {K} has no samples in some run, hence no mean; number the classes that occur"
+            f"metrics.{call}: class {absent[0]} of {K} has no samples in some run, hence no mean; number the classes that occur"
         )

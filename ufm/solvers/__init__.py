@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ufm.arrays import block_size, place, to_numpy
+from ufm.arrays import block_size, place, threads_for, to_numpy
 from ufm.certificate import certify
 from ufm.coordinates import Coordinates, balanced
 from ufm.objective import chain_of, objective
@@ -58,10 +58,8 @@ def solve(
             raise ValueError(f"solve: {name} is {value!r}, but must be a whole number, at least {least}")
     if not isinstance(tol, Real) or not 0 < tol < 1:
         raise ValueError(f"solve: tol is {tol!r}, but must lie between 0 and 1")
-    from threadpoolctl import threadpool_limits
-
     if method in SEARCHES:
-        with threadpool_limits(1):
+        with threads_for(1):
             found = SEARCHES[method](problem, runs, seeds("solve", seed, problem.cells), tol)
             if progress is not None:
                 progress(len(found.x))
@@ -73,7 +71,7 @@ def solve(
     x = balanced(rows).from_factors(factors)
     block = block_size(BYTES_PER_COORDINATE * x.shape[1], device)
     outcomes = []
-    with threadpool_limits(1 if problem.width < MANY_THREADS else None):
+    with threads_for(problem.width):
         for first in range(0, len(x), block):
             part = np.arange(first, min(first + block, len(x)))
             outcomes.append(METHODS[method](rows.pick(part), x[part], tol, max_steps or 20_000, device))
@@ -82,7 +80,6 @@ def solve(
         return _solution(rows, outcomes, device)
 
 
-MANY_THREADS = 512  # width from which one product is worth more than one BLAS thread
 BYTES_PER_COORDINATE = 8 * 18  # a run's pairs, point, gradient and temporaries
 
 

@@ -1,7 +1,8 @@
 """What theory predicts for a problem: closed forms, regimes and thresholds, one function a theorem, and `predict` over them.
 
 `imbalance` ReLU cross-entropy under imbalance; `cross_entropy` balanced cases, the bias alone, zero and merging conditions; `blocks`
-unequal classes near complete collapse; `mse` mean squared error, deep linear too; `cells` turns theorems into predictions.
+unequal classes near complete collapse; `mse` mean squared error, deep linear too; `limits` floors and margins of features on a sphere;
+`cells` turns theorems into predictions.
 """
 
 from __future__ import annotations
