@@ -42,6 +42,12 @@ def test_the_deep_snippet_prints_its_output() -> None:
     assert done.stdout == block("deep output")
 
 
+def test_the_etf_snippet_prints_its_output() -> None:
+    """As written."""
+    done = subprocess.run([sys.executable, "-c", block("etf")], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == block("etf output")
+
+
 def test_every_link_leads_to_a_file() -> None:
     links = re.findall(r"\]\(([^)]+)\)", README)
     assert links

@@ -15,6 +15,7 @@ from ufm.coordinates import Coordinates, balanced
 from ufm.objective import chain_of, objective
 from ufm.problem import Problem
 from ufm.records import Solution
+from ufm.solvers import stiefel as stiefel  # its own room: pymanopt, loaded on use
 from ufm.solvers.convex import convex
 from ufm.solvers.lbfgs import LBFGS, minimise
 from ufm.solvers.outcome import Outcome
