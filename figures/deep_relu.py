@@ -33,7 +33,13 @@ LOSSES = {"MSE": "squared error", "CE": "cross-entropy"}
 OKABE = plots.style.OKABE_ITO
 COLOURS = ("black", OKABE["blue"], OKABE["orange"], OKABE["green"], OKABE["vermillion"], OKABE["purple"])
 LOOKS = dict(enumerate(zip(COLOURS, "vos^Dv", strict=True), start=2))  # by depth
-ORIGINS = {"graph": "graph solution", "code": "nonnegative T(r)", "pairs": "shifted pairs", "random": "random starts"}
+ORIGINS = {
+    "graph": "graph solution",
+    "code": "nonnegative T(r)",
+    "pairs": "shifted pairs",
+    "random": "random starts",
+    "deepened": "the best of L = 4, deepened",
+}
 SHOWN = {"MSE": ("graph", 4), "CE": ("code", 3)}  # explicit solution and depth in the figure of solutions
 RATIO = "value over DNC's"
 UNPROVEN = "not below DNC"
@@ -76,7 +82,8 @@ def found(table: sweep.Table) -> stored.Drawing:
         r"ReLU chains, $n=1$, $d=2K$, one penalty $\lambda$ on every factor; $\lambda_{\max}$: the largest at which DNC, the orthogonal "
         "frame, is critical. Best value found from the explicit graph solution, nonnegative T(r) and shifted pairs ("
         f"{min(row['starts'] for row in rows['MSE'])} starts each) and from {max(row['starts'] for row in random)} random starts "
-        rf"($K\leq {max(row['K'] for row in random)}$), polished by L-BFGS (at most {first['steps']} steps), over DNC's exact value. "
+        rf"($K\leq {max(row['K'] for row in random)}$; deeper than $L=4$ also from the best of $L=4$ with a layer "
+        rf"more at a time), polished by L-BFGS (at most {first['steps']} steps), over DNC's exact value. "
         "Each is the value of explicit factors, so below DNC is proven; how far the optimum lies below, is not: minima lie at kinks of "
         "the ReLU, where no gradient is zero (what each point is worth: the interactive figure). Red, hollow: nothing below DNC was "
         "found; blank: not searched. Curves end where zero is lower."

@@ -2,8 +2,9 @@
 
 K balanced classes, free features, ReLU after W_1 ... W_{L-1}, one penalty lambda on every factor. DNC of these chains is the orthogonal
 frame, with a closed-form value (Súkeník et al. 2024; Garrod & Keating 2025). Search, n = 1, width 2K: L-BFGS from the explicit graph
-solution, with cross-entropy also from the nonnegative code T(r) and shifted pairs, as they are and perturbed, and from random starts, at
-a tenth of the largest lambda at which DNC exists; the best runs are polished and followed to smaller and larger lambda. What ends below
+solution, with cross-entropy also from the nonnegative code T(r) and shifted pairs, as they are and perturbed, from random starts, and
+beyond L = 4, where most of those die, from the best at L = 4 with a layer more at a time, at a tenth of the largest lambda at which DNC
+exists; the best runs are polished and followed to smaller and larger lambda. What ends below
 DNC's exact value proves that DNC is not optimal there, whatever its gradient: the optima lie at kinks of the ReLU, where no gradient
 vanishes. Beside each value: how many pre-activations are at a kink, and the shortest convex combination of nearby gradients, which is
 small near a stationary point, kinks or not.
@@ -36,6 +37,7 @@ LOSSES = {"MSE": ufm.MSE(), "CE": ufm.CrossEntropy()}
 SAME_VALUE = 1e-3  # relative distance to DNC's value within which a run of descent counts as DNC
 RECORDS = 40  # of a descent
 POLISHED, KEPT = 8, 2  # runs of a search that are polished, and that are then followed over lambda
+SHALLOW = 4  # depth from which the best ends of random starts get more layers
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,11 @@ def points(options: Options) -> list[dict[str, Any]]:
     found = [
         *searches("graph", size.graphs, list(LOSSES), size.starts),
         *searches("random", size.random, list(LOSSES), size.random_starts),
+        *(
+            point | {"random_starts": size.random_starts}
+            for point in searches("deepened", size.random, list(LOSSES), POLISHED)
+            if point["depth"] > SHALLOW
+        ),
         *searches("pairs", size.pairs, ["CE"], size.starts),
         *searches("code", [K for K in size.graphs if K > 3], ["CE"], size.starts, 2),
         *descents("cross-entropy", loss=["CE"], depth=[3], width=[70], lam=[2.0**-9]),
@@ -229,8 +236,8 @@ def collapse(point: dict[str, Any]) -> list[Block]:
 
 
 def constructed(point: dict[str, Any]) -> list[Block] | None:
-    """The explicit solution that a search starts from, and that descent is held against; None for random starts."""
-    if point["origin"] == "random":
+    """The explicit solution that a search starts from, and that descent is held against; None for random and deepened starts."""
+    if point["origin"] in ("random", "deepened"):
         return None
     if point["origin"] == "pairs":
         return deep_relu_ce.paired(point["K"], point["depth"])
@@ -261,7 +268,9 @@ def levels(point: dict[str, Any], lam: Floats) -> dict[str, Floats]:
 
 
 def start_of(point: dict[str, Any], lam: float, seed: int) -> ufm.starts.Start | ufm.starts.Given:
-    """Random, or the factors of the explicit solution: as they are, then with a twentieth of their largest entry as noise."""
+    """Random, the best of a smaller depth, or factors of the explicit solution: as they are, then with a twentieth of them as noise."""
+    if point["origin"] == "deepened":
+        return ufm.starts.given(grown(point, seed))
     blocks = constructed(point)
     if blocks is None:
         return ufm.starts.balanced()
@@ -271,6 +280,31 @@ def start_of(point: dict[str, Any], lam: float, seed: int) -> ufm.starts.Start |
     rng = np.random.default_rng(seed)
     noise = [0.05 * np.abs(x).max() * rng.standard_normal((point["starts"] - 1, *x.shape)) for x in factors]
     return ufm.starts.given([np.concatenate([x[None], x + e]) for x, e in zip(factors, noise, strict=True)])
+
+
+def grown(point: dict[str, Any], seed: int) -> list[Floats]:
+    """The lowest ends of random starts at depth SHALLOW, a layer more at a time up to the point's depth, solved again before each."""
+    at = point | {"origin": "random", "depth": SHALLOW}
+    start: Any = start_of(at, 0.0, seed)
+    runs = point["random_starts"]
+    while True:
+        lam = SHARES[MIDDLE] * largest(at)
+        found = ufm.solve(problem_of(at, lam), runs=runs, seed=seed, method="lbfgs", start=start, tol=1e-8, max_steps=point["steps"] // 3)
+        factors = deeper([to_numpy(f)[lowest(found.value, point["starts"])] for f in found.factors])
+        at["depth"] += 1
+        if at["depth"] == point["depth"]:
+            return factors
+        start, runs = ufm.starts.given(factors), len(factors[0])
+
+
+def deeper(factors: Sequence[Floats]) -> list[Floats]:
+    """The same map with a layer more behind W_1, the projector on the span of its activations, and all norms made equal; 0 stays 0."""
+    H, W, *rest = factors
+    activations = np.maximum(W @ H, 0.0)
+    longer = [H, W, activations @ np.linalg.pinv(activations), *rest]
+    norms = np.maximum([np.linalg.norm(f, axis=(1, 2), keepdims=True) for f in longer], 1e-300)
+    scales = np.exp(np.mean(np.log(norms), axis=0)) / norms
+    return [f * scale for f, scale in zip(longer, scales, strict=True)]
 
 
 def summary(table: sweep.Table) -> dict[str, Any]:

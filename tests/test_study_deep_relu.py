@@ -68,7 +68,7 @@ def test_levels_are_those_of_theory(rows: list[dict[str, Any]]) -> None:
         assert np.all(np.atleast_1d(row["linear"]) <= np.atleast_1d(row["dnc"]))
         if row["origin"] == "graph":
             assert np.all((row["explicit"] < row["dnc"]) == (L == 4))
-        if row["origin"] == "random":
+        if row["origin"] in ("random", "deepened"):
             assert np.isnan(row["explicit"]).all()
 
 
@@ -82,7 +82,7 @@ def test_searches_end_no_higher_than_they_begin_and_say_what_they_are_worth(rows
         assert row["ranks"].shape == (len(row["shares"]), relu_points.LAYERS)
         assert np.isfinite(row["ranks"][0]).sum() == 2 * row["depth"]
         assert np.nanmax(row["ranks"]) <= row["K"]
-        if row["origin"] != "random":
+        if row["origin"] not in ("random", "deepened"):
             assert row["values"][row["down"]] <= row["explicit"][row["down"]] * (1 + 1e-12)
         if row["origin"] == "graph" and row["depth"] == 4:
             assert np.all(row["values"] < row["dnc"])
@@ -220,3 +220,28 @@ def test_figures_show_the_rows(smoke: Any) -> None:
     (shares, paths, _), _ = figure.descents(table).panels
     assert len([c for c in paths.curves if c.colour == figure.OKABE["sky"]]) == 2
     assert {c.label for c in shares.curves} == {"ends below DNC", "ends at DNC"}
+
+
+def test_a_deeper_chain_is_the_same_map_with_equal_norms() -> None:
+    rng = np.random.default_rng(1)
+    factors = [rng.standard_normal(shape) for shape in ((2, 8, 4), (2, 8, 8), (2, 8, 8), (2, 4, 8))]
+    longer = deep_relu.deeper(factors)
+
+    def logits(chain: list[Any]) -> Any:
+        X = chain[0]
+        for W in chain[1:-1]:
+            X = np.maximum(W @ X, 0.0)
+        return chain[-1] @ X
+
+    assert len(longer) == 5
+    assert logits(longer) == pytest.approx(logits(factors), rel=1e-9)
+    norms = np.linalg.norm([np.linalg.norm(f, axis=(1, 2)) for f in longer], axis=0) / np.sqrt(5)
+    assert [np.linalg.norm(f, axis=(1, 2)) for f in longer] == [pytest.approx(norms, rel=1e-12)] * 5
+
+
+def test_a_grown_start_ends_below_collapse_where_random_starts_die() -> None:
+    wanted = {"origin": "deepened", "K": 4, "depth": 6, "loss": "MSE"}
+    point = next(p for p in deep_relu.points(deep_relu.Options()) if wanted.items() <= p.items())
+    row = deep_relu.search(point | {"random_starts": 16, "down": 0, "up": 0, "steps": 600}, 0)
+    assert row["ratios"][0] < 0.95
+    assert row["below"] > 0
