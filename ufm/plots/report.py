@@ -129,7 +129,7 @@ def _bar(panel: Matrix, across: tuple[float, float], up: tuple[float, float]) ->
     """The colour bar of a matrix, at the right of its panel."""
     place = {"x": across[1] + 0.004, "xanchor": "left", "xpad": 0, "y": up[0], "yanchor": "bottom", "ypad": 0, "len": up[1] - up[0]}
     decades = {"dtick": 1, "tickprefix": "10<sup>", "ticksuffix": "</sup>"} if panel.colours == "log" else {}
-    return {"title": {"text": style.html(panel.bar), "side": "top"}, "thickness": 10, **place, **decades}
+    return {"title": {"text": style.html(panel.bar), "side": "right"}, "thickness": 10, **place, **decades}
 
 
 def _axes(panel: Panel) -> Iterator[dict[str, Any]]:
