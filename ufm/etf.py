@@ -12,6 +12,7 @@ the like, float32 or float64. Source: Markou, Ajanthan, Gould, NeurIPS 2024 (arX
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import isfinite, sqrt
 from typing import Any, Literal, NamedTuple
 
@@ -211,7 +212,7 @@ def _frame(call: str, name: str, means: Array, frame: Any, form: str) -> tuple[A
     d, K = means.shape[-2:]
     if frame is None:
         what, rank, remedy = "a simplex ETF", K - 1, "give frame="
-        F = helmert(K).T if form == "reduced" else np.eye(K) - 1 / K
+        F = _simplex(K, form)
     else:
         what, remedy = "this frame", "another frame"
         F = np.array(to_numpy(frame), dtype=np.float64)
@@ -226,8 +227,16 @@ def _frame(call: str, name: str, means: Array, frame: Any, form: str) -> tuple[A
         raise ValueError(
             f"{call}: {name} has width {d}, but {what} of {K} classes needs at least {least}; use width >= {least} or {remedy}"
         )
+    if frame is None:
+        return like(F, means), rank, True
     F = F / np.linalg.norm(F)
     return like(F, means), rank, bool(np.linalg.norm(F.sum(axis=0)) < 1e-10)
+
+
+@lru_cache(maxsize=8)
+def _simplex(K: int, form: str) -> Any:
+    """F of the simplex ETF, (K, m), of unit Frobenius norm."""
+    return (helmert(K).T if form == "reduced" else np.eye(K) - 1 / K) / np.sqrt(K - 1)
 
 
 def _delta(call: str, delta: float, relative: float | None, unit: float) -> float:
