@@ -60,10 +60,12 @@ def structures(rows: sweep.Table) -> PhaseMap:
     )
 
 
-def kind(code: str, rank: int) -> int:
-    """The colour of a code, by the name it has in theory."""
+def kind(code: str, rank: float) -> int:
+    """The colour of a code, by the name it has in theory; any for one that was not computed, which is hatched."""
+    if np.isnan(rank):
+        return 0
     name = "DNC" if code.startswith("DNC") else "pairs" if "pairs" in code else code
-    return optima.code(name, rank)
+    return optima.code(name, int(rank))
 
 
 def constants(rows: sweep.Table) -> Curves:

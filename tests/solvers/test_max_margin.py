@@ -133,3 +133,16 @@ def test_bad_sizes_are_refused() -> None:
         max_margin(1, 2)
     with pytest.raises(ValueError, match="depth is 0"):
         max_margin(3, 0)
+
+
+def test_a_failing_divide_and_conquer_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LAPACK's can fail on the Hessian of a symmetric code, which has few distinct eigenvalues; QR iteration gives the same code."""
+    expected = max_margin(4, 2, starts=2, seed=0, keep=2)
+
+    def fails(A: Floats) -> tuple[Floats, Floats]:
+        raise np.linalg.LinAlgError("Eigenvalues did not converge")
+
+    monkeypatch.setattr(np.linalg, "eigh", fails)
+    found = max_margin(4, 2, starts=2, seed=0, keep=2)
+    assert found.R == pytest.approx(expected.R, rel=1e-12)
+    assert found.is_minimum.tolist() == expected.is_minimum.tolist()

@@ -209,11 +209,22 @@ def chart_at(F: Convex, at: Found) -> Chart:
     n = mask.ravel()
     A = H.reshape(K * K, K * K)[np.ix_(n, n)]
     A = 0.5 * (A + A.mT)
-    values, vectors = np.linalg.eigh(A)
+    values, vectors = _eigh(A)
     zero = FLAT * np.abs(values).max()
     residual = float(np.linalg.norm(C[mask]) / np.linalg.norm(first))
     negative, flat = int(np.sum(values < -zero)), int(np.sum(np.abs(values) <= zero))
     return Chart(U, V.mT, C[mask], A, values, vectors, mask, residual, negative, flat)
+
+
+def _eigh(A: Floats) -> tuple[Floats, Floats]:
+    """numpy's eigh; where its divide and conquer fails, as it can at very many equal eigenvalues, QR iteration."""
+    try:
+        return np.linalg.eigh(A)
+    except np.linalg.LinAlgError:
+        from scipy.linalg import eigh
+
+        values, vectors = eigh(A, driver="ev")
+        return values, vectors
 
 
 def _completed(Q: Floats) -> Floats:
