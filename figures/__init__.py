@@ -18,5 +18,6 @@ FIGURES = {
     "deep_optimum_crossovers": ("deep_optimum", "where the best structure changes with the penalty, over classes, a panel a depth"),
     "deep_optimum_excess": ("deep_optimum", "how far deep neural collapse is above the best structure"),
     "deep_optimum_limit": ("deep_optimum", "codes of least Schatten norm as the penalty vanishes; where zero takes over"),
+    "guided_etf": ("guided_etf", "descent with the nearest simplex ETF as classifier against others, UFM-10 to UFM-1000, a file each"),
     "etf_cost": ("etf_cost", "time and peak memory of the nearest simplex ETF and its gradient over classes and width, three routes"),
 }

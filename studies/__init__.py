@@ -9,5 +9,6 @@ STUDIES = {
     "saddle_passages": "At which saddles does gradient flow linger on its way, and are they the catalogued critical points?",
     "depth_implicit_bias": "Without regularisation, does depth lower the rank of the logits, and does width raise it?",
     "deep_optimum": "Which structure is optimal in deep linear models, and where does it change?",
+    "guided_etf": "How much faster do features collapse when the classifier is the nearest simplex ETF?",
     "etf_cost": "What do the nearest simplex ETF and its gradient cost, in closed form, by trust regions, by a declarative node?",
 }

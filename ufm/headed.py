@@ -43,13 +43,14 @@ class Classes(NamedTuple):
         xp = namespace(z)
         return z if self.each == 1 else xp.mean(xp.reshape(z, (*z.shape[:2], -1, self.each)), axis=-1)
 
-    def add(self, g: Array, back: Array) -> Array:
-        """g (B, d, cols) plus the gradient in z of a function of the class means with gradient `back` (B, d, K)."""
+    def add(self, g: Array, back: Array) -> None:
+        """Add to g (B, d, cols), in place, the gradient in z of a function of the class means with gradient `back` (B, d, K)."""
         own = back / self.columns
         if self.each is None:
-            return g + own @ self.onehot
-        xp = namespace(g)
-        return xp.reshape(xp.reshape(g, (*own.shape, self.each)) + own[..., None], g.shape)
+            g += own @ self.onehot
+        else:
+            by_class = namespace(g).reshape(g, (*own.shape, self.each))  # a view
+            by_class += own[..., None]
 
 
 class Guide(NamedTuple):
@@ -94,7 +95,7 @@ class Headed(Coordinates):
         return self.objective.value(self.to_factors(x))
 
     def gradient(self, x: Array) -> Array:
-        slope = self.pack(self._loss(x)[1])
+        slope = self._joined(self._loss(x)[1])
         if self.penalised:
             slope += self.penalty * x
         return slope
@@ -113,7 +114,7 @@ class Headed(Coordinates):
     def parts(self, x: Array) -> tuple[Array, Array, Array]:
         loss, slopes = self._loss(x)
         penalty = self.penalty * x
-        return loss + 0.5 * namespace(x).vecdot(penalty, x), self.pack(slopes), penalty
+        return loss + 0.5 * namespace(x).vecdot(penalty, x), self._joined(slopes), penalty
 
     def hessian_product(self, x: Array, v: Array) -> Array:
         raise ValueError("Headed.hessian_product: second derivatives are given for head=Learned() and radius=None only; use `gradient`")
@@ -175,6 +176,10 @@ class Headed(Coordinates):
             guide=None if self.guide is None else _picked(self.guide, runs),
         )
 
+    def _joined(self, slopes: Sequence[Array]) -> Array:
+        """`pack` of arrays of their own: no copy of a single one."""
+        return flatten(slopes[0]) if len(slopes) == 1 else self.pack(slopes)
+
     def _after_features(self) -> int:
         return sum(r * c for r, c in self.shapes[1:])
 
@@ -211,11 +216,12 @@ class Headed(Coordinates):
         if isinstance(head, NearestETF) and head.gradient and self.guide is not None:
             average, nearest = self.guide
             back = pullback(nearest, slope @ z.mT, guard=head.guard)  # sums to zero over classes: nothing passes through mu_G
-            g = self.classes.add(g, average.rate * back)
-        if self.radius is not None:
-            g -= z * (column_sums(z * g) / self.radius**2)
-        g *= scale
+            self.classes.add(g, average.rate * back)
         own = [slope @ z.mT, xp.sum(slope, axis=-1, keepdims=True)][: len(self.shapes) - 1]
+        if self.radius is not None:
+            z *= column_sums(z * g) / self.radius**2  # in place: fresh memory costs more than the product
+            g -= z
+        g *= scale
         return xp.vecdot(losses, F.column_weight[:, 0, :]), [g, *own]
 
 

@@ -128,12 +128,15 @@ class AGD:
     def advance(self, function: Coordinates, x: Array, state: State) -> tuple[Array, State]:
         xp = namespace(x)
         sigma, time = state  # (B, L), (B, 1)
-        slopes = function.unpack(function.gradient(x))
+        gradient = function.gradient(x)
+        slopes = function.unpack(gradient)
         sizes = xp.stack([norm(flatten(g)) for g in slopes], axis=1)
         G = xp.mean(sigma * sizes, axis=1, keepdims=True)
         eta = xp.log1p(2.0 * G / (1.0 + xp.sqrt(1.0 + 4.0 * G)))
         rates = self.gain / len(slopes) * eta * sigma / xp.where(sizes == 0, 1.0, sizes)
-        x -= function.pack([rates[:, i, None, None] * g for i, g in enumerate(slopes)])
+        for i, g in enumerate(slopes):  # views of the gradient, changed in place
+            g *= rates[:, i, None, None]
+        x -= gradient
         return function.project(x), (sigma, time + self.gain * eta)
 
     def clock(self, state: State, taken: int) -> Clock:
