@@ -20,4 +20,5 @@ FIGURES = {
     "deep_optimum_limit": ("deep_optimum", "codes of least Schatten norm as the penalty vanishes; where zero takes over"),
     "guided_etf": ("guided_etf", "descent with the nearest simplex ETF as classifier against others, UFM-10 to UFM-1000, a file each"),
     "etf_cost": ("etf_cost", "time and peak memory of the nearest simplex ETF and its gradient over classes and width, three routes"),
+    "etf_ablation": ("etf_ablation", "nearest-ETF options: averaging, proximal point, guard, class weights; the gradient through it"),
 }

@@ -11,4 +11,5 @@ STUDIES = {
     "deep_optimum": "Which structure is optimal in deep linear models, and where does it change?",
     "guided_etf": "How much faster do features collapse when the classifier is the nearest simplex ETF?",
     "etf_cost": "What do the nearest simplex ETF and its gradient cost, in closed form, by trust regions, by a declarative node?",
+    "etf_ablation": "Which options of the nearest-ETF classifier matter, and how much of the gradient comes through it?",
 }

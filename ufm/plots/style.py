@@ -72,9 +72,11 @@ METADATA: dict[str, dict[str, None]] = {
 SYMBOLS = {
     "alpha": "α",
     "beta": "β",
+    "delta": "δ",
     "kappa": "κ",
     "lambda": "λ",
     "mu": "μ",
+    "rho": "ρ",
     "sigma": "σ",
     "tau": "τ",
     "log": "log",
