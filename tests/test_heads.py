@@ -572,7 +572,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"width": 2}, "Problem: width is 2, but head=NearestETF needs at least 3 for an ETF of 4 classes; use width >= 3"),
     ({"head": PAPER, "width": 3}, "Problem: width is 3, but head=NearestETF needs at least 4 for an ETF of 4 classes; use width >= 4"),
     ({"head": FixedETF(), "width": 2}, "Problem: width is 2, but head=FixedETF needs at least 3 for an ETF of 4 classes"),
-    ({"head": NearestETF(weights=[1.0, 2.0])}, "Problem: head=NearestETF has weights of shape (2,), but there are 4 classes; give one"),
+    ({"head": NearestETF(weights=[1.0, 2.0])}, "Problem: head=NearestETF has weights [1.0, 2.0], but needs one >= 0 for each of 4 classes"),
 ]
 
 
@@ -638,3 +638,28 @@ def test_second_derivatives_are_refused() -> None:
 
 def test_the_table_lists_every_head() -> None:
     assert set(heads.TABLE.values()) == {Learned, UnitRows, FixedETF, NearestETF}
+
+
+def test_a_run_whose_class_means_coincide_leaves_the_others_alone() -> None:
+    """Every frame is as near to equal means: the run goes on with some frame, the other is that of a batch of its own."""
+    problem = ufm.Problem([3] * 4, width=5, features="free", lam_w=0, lam_h=0, head=ufm.heads.NearestETF(bias=None), columns="samples")
+    H = np.random.default_rng(0).standard_normal((2, 5, 12))
+    H[0] = H[0, :, :1]
+    W = np.zeros((2, 4, 5))
+    both = ufm.simulate(problem, ufm.rules.GradientDescent(0.1), runs=2, steps=4, start=ufm.starts.given([H, W]))
+    alone = ufm.simulate(problem, ufm.rules.GradientDescent(0.1), steps=4, start=ufm.starts.given([H[1:], W[1:]]))
+    assert np.all(np.isfinite(both.value))
+    assert both.value[1] == pytest.approx(alone.value[0], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"delta": 0.1, "relative_delta": 0.1}, "heads.NearestETF: delta is 0.1 and relative_delta 0.1, but they are one number"),
+        ({"weights": [1, 2, -1, 1]}, "has weights [1, 2, -1, 1], but needs one >= 0 for each of 4 classes"),
+        ({"prox": Reference(np.zeros((2, 5, 3))), "delta": 0.1}, "has a reference of 3 axes, but needs one U (d, m)"),
+    ],
+)
+def test_head_options_are_told_at_the_door(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)):
+        ufm.Problem([3] * 4, width=5, features="free", lam_w=0, lam_h=0, head=ufm.heads.NearestETF(**options), columns="samples")

@@ -19,6 +19,7 @@ __all__ = [
     "NoDevice",
     "block_size",
     "column_sums",
+    "detached",
     "device_of",
     "flatten",
     "keep_freed_memory",
@@ -93,6 +94,12 @@ def column_sums(x: Array) -> Array:
 @cache
 def _ones(n: int, dtype: Any) -> Any:
     return np.ones((1, n), dtype=dtype)
+
+
+def detached(x: Array) -> Array:
+    """x outside any graph of torch's autograd."""
+    torch = sys.modules.get("torch")
+    return x.detach() if torch is not None and isinstance(x, torch.Tensor) else x
 
 
 def readable(x: Array) -> bool:

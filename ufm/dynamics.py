@@ -35,7 +35,8 @@ class Snapshot:
     """The live runs after `step` steps: which runs (B',) of the batch, their factors, time, value F, scale-free gradient_norm, and stop.
 
     stop (B',): why a run ends here, None where it goes on. Arrays of numbers are numpy's, factors and logits those of the device. With a
-    head or radius of the problem's own (`ufm.headed`) factors are (z, W[, b]), the features as used and what the next step starts with.
+    head or radius of the problem's own (`ufm.headed`) factors are (z, W[, b]), the features as used and what the next step starts with;
+    the norms under a radius and the running average of a nearest-ETF head are not in them, so that a run begun from them is another run.
     """
 
     step: int

@@ -14,11 +14,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite, sqrt
+from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ufm.arrays import Array, device_of, like, namespace, readable, to_numpy
+from ufm.arrays import Array, detached, device_of, like, namespace, readable, to_numpy
 from ufm.frames import helmert
 from ufm.polar import ROUTES, Factor, Method, inner, polar
 from ufm.polar import factor_of as factor_of  # beside pose and finished: what another solver of the problem needs
@@ -96,13 +97,10 @@ def pullback(nearest: NearestETF, grad_W: Array, *, guard: float = 0.0) -> Array
     Directions of A whose s is rounding error are undetermined by the means and get no gradient.
     """
     posed, U, V, s = nearest.posed, nearest.U, nearest.V, nearest.s
+    _alike("etf.pullback", "grad_W", grad_W, U, tuple(nearest.W.shape))
+    grad_W = detached(grad_W)
     xp = namespace(U, grad_W)
-    if tuple(grad_W.shape) != tuple(nearest.W.shape) or grad_W.dtype != U.dtype:
-        shape = tuple(nearest.W.shape)
-        raise ValueError(
-            f"etf.pullback: grad_W is {tuple(grad_W.shape)} of {grad_W.dtype}, but must be {shape} of {U.dtype} as W is; convert it"
-        )
-    if not (isfinite(guard) and guard >= 0):
+    if not (isinstance(guard, Real) and isfinite(guard) and guard >= 0):
         raise ValueError(f"etf.pullback: guard is {guard!r}, but must be a number >= 0; 0 is none, 0.05 a good one")
     (d, m), K = U.shape[-2:], grad_W.shape[-2]
     g, least = guard * posed.unit, m * xp.finfo(s.dtype).eps * xp.max(s, axis=-1, keepdims=True)
@@ -151,6 +149,7 @@ def pose(
 ) -> Posed:
     """The problem of `nearest`, checked and normalised, for whichever solver; `call` names it in messages."""
     xp = _door(call, "means", means)
+    means, prox = detached(means), None if prox is None else detached(prox)
     F, rank, centred = _frame(call, "means", means, frame, form)
     delta = _delta(call, delta, relative_delta, 2 / rank)
     shape = (*means.shape[:-1], F.shape[-1])
@@ -158,8 +157,10 @@ def pose(
         raise ValueError(
             f"{call}: delta is {delta!r} and prox is {'not ' if prox is None else ''}given, but the two go together; give both or neither"
         )
-    if prox is not None and tuple(prox.shape) != shape:
-        raise ValueError(f"{call}: prox has shape {tuple(prox.shape)}, but U of the {form} form has {shape}; give a point of that shape")
+    if prox is not None:
+        _alike(call, "prox", prox, means, shape)
+        if readable(prox) and not bool(xp.all(xp.isfinite(prox))):
+            raise ValueError(f"{call}: prox holds NaN or infinity, but must be finite; leave such runs out")
     w = _weights(call, weights, means)
     centre = None
     if centred:
@@ -242,10 +243,18 @@ def _simplex(K: int, form: str) -> Any:
 def _delta(call: str, delta: float, relative: float | None, unit: float) -> float:
     if relative is not None and delta != 0:
         raise ValueError(f"{call}: delta is {delta!r} and relative_delta {relative!r}, but they are one number; give one of them")
-    value = delta if relative is None else relative * unit
-    if not (isfinite(value) and value >= 0):
+    value = delta if relative is None else relative
+    if not (isinstance(value, Real) and isfinite(value) and value >= 0):
         raise ValueError(f"{call}: delta is {value!r}, but must be a number >= 0; 1e-3 is the paper's")
-    return float(value)
+    return float(value) * (1.0 if relative is None else unit)
+
+
+def _alike(call: str, name: str, x: Any, like_it: Array, shape: tuple[int, ...]) -> None:
+    """ValueError unless x is an array of the library and dtype of another, of this shape."""
+    if type(x) is not type(like_it) or x.dtype != like_it.dtype or tuple(x.shape) != shape:
+        got = f"{type(x).__name__} of {getattr(x, 'dtype', 'no dtype')} and shape {tuple(getattr(x, 'shape', ()))}"
+        rule = f"{type(like_it).__name__} of {like_it.dtype} and shape {shape}"
+        raise ValueError(f"{call}: {name} is a {got}, but must be a {rule}; convert it")
 
 
 def _weights(call: str, weights: Any, means: Array) -> Array | None:
@@ -259,7 +268,9 @@ def _weights(call: str, weights: Any, means: Array) -> Array | None:
         raise ValueError(f"{call}: weights has shape {tuple(w.shape)}, but must be ({K},) or {(*means.shape[:-2], K)}; give one a class")
     w = xp.astype(w, means.dtype, copy=False)[..., None, :]
     if readable(w) and not bool(xp.all((w >= 0) & xp.isfinite(w)) & xp.all(xp.any(w > 0, axis=-1))):
-        raise ValueError(f"{call}: weights holds {float(xp.min(w))}, but must be finite, >= 0 and not all 0; use 0 for a class left out")
+        raise ValueError(f"{call}: weights are {to_numpy(w).ravel()!s:.60}, but must be finite, >= 0, not all 0; 0 leaves a class out")
+    if readable(w) and not bool(xp.all(xp.sum(xp.astype(w > 0, w.dtype), axis=-1) > 1)):
+        raise ValueError(f"{call}: weights are {to_numpy(w).ravel()!s:.60}, but a frame needs two classes with weights above 0")
     return w * (xp.sum(xp.astype(w > 0, w.dtype), axis=-1, keepdims=True) / xp.sum(w, axis=-1, keepdims=True))
 
 

@@ -145,7 +145,7 @@ class Headed(Coordinates):
     def renewed(self, x: Array) -> Headed:
         """The coordinates of the step from x: class means of z averaged with the stored ones, the nearest ETF to the average as W.
 
-        A run with features that are not finite, whose F is NaN, gets an average of no meaning, and leaves the others alone.
+        A run whose averaged means are not finite, or all equal, so that every frame is as near, gets the ETF of the unit vectors.
         """
         if not isinstance(self.head, NearestETF):
             return self
@@ -155,10 +155,12 @@ class Headed(Coordinates):
         means, centre = self.classes.means(z), self._centre(z)
         before, previous = self.guide or (None, None)
         average = averaged(before, means - centre, averaging=self.head.averaging, missing=self.head.missing, centre=centre)
-        sound = xp.all(xp.isfinite(average.means), axis=(-2, -1), keepdims=True)
+        shown, spread = average.means, average.means - xp.mean(average.means, axis=-1, keepdims=True)
+        apart = xp.max(xp.abs(spread), axis=(-2, -1), keepdims=True)
+        sound = (apart > 8 * xp.finfo(x.dtype).eps * xp.max(xp.abs(shown), axis=(-2, -1), keepdims=True)) & xp.isfinite(apart)
         if not bool(xp.all(sound)):
-            average = average._replace(means=xp.where(sound, average.means, like(np.eye(*means.shape[1:]), x)))
-        nearest = self.head.nearest(average.means, None if previous is None else previous.U)
+            shown = xp.where(sound, shown, like(np.eye(*means.shape[1:]), x))
+        nearest = self.head.nearest(shown, None if previous is None else previous.U)
         return replace(self, guide=Guide(average, nearest))
 
     def pick(self, runs: Array) -> Headed:

@@ -119,6 +119,10 @@ class NearestETF:
             policy = getattr(self, name)
             if isinstance(policy, type) or not hasattr(policy, method):
                 raise TypeError(f"heads.NearestETF: {name} is {policy!r}, but must be a policy of ufm.etf_policies, called")
+        if self.delta and self.relative_delta is not None:
+            raise ValueError(
+                f"heads.NearestETF: delta is {self.delta!r} and relative_delta {self.relative_delta!r}, but they are one number; give one"
+            )
         for name in ("delta", "guard", "relative_delta"):
             value = getattr(self, name)
             missing = value is None and name == "relative_delta"
@@ -127,9 +131,11 @@ class NearestETF:
 
     def check(self, classes: int, width: int) -> None:
         wide_enough("NearestETF", classes, width, classes - 1 if self.form == "reduced" else classes)
-        if self.weights is not None and np.shape(self.weights) != (classes,):
+        if self.weights is not None and (np.shape(self.weights) != (classes,) or not np.all(np.asarray(self.weights, dtype=float) >= 0)):
+            raise ValueError(f"Problem: head=NearestETF has weights {self.weights!r:.60}, but needs one >= 0 for each of {classes} classes")
+        if isinstance(self.prox, etf_policies.Reference) and np.ndim(self.prox.U) != 2:
             raise ValueError(
-                f"Problem: head=NearestETF has weights of shape {np.shape(self.weights)}, but there are {classes} classes; give one each"
+                f"Problem: head=NearestETF has a reference of {np.ndim(self.prox.U)} axes, but needs one U (d, m) for all runs"
             )
 
     def nearest(self, means: Array, previous: Array | None) -> etf.NearestETF:

@@ -186,7 +186,7 @@ class Trajectory(Saved):
 
     step (T,): steps taken at each record; value, gradient_norm (scale-free), time (B, T); probes: name -> (B, T) or (B, T, m). A run that
     ended has NaN after its last record. stop (B,) of Stop; steps (B,): taken in all; factors (H, W_1, ..., W_L[, b]) and logits
-    (B, K, cols) where each run ended.
+    (B, K, cols) where each run ended. Under a radius H has that norm: a run begun from these factors steps as if its features had.
     """
 
     step: NDArray[np.int64]

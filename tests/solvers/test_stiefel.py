@@ -364,7 +364,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "NaN": (lambda: nearest_etf(GOOD * np.nan), ValueError, "stiefel.nearest_etf: means holds NaN"),
     "narrow": (lambda: nearest_etf(GOOD[:1]), ValueError, "stiefel.nearest_etf: means has width 1"),
     "half": (lambda: nearest_etf(GOOD.astype(np.float16)), TypeError, "stiefel.nearest_etf: means has dtype float16"),
-    "prox": (lambda: nearest_etf(GOOD, prox=GOOD, delta=0.1), ValueError, "stiefel.nearest_etf: prox has shape"),
+    "prox": (lambda: nearest_etf(GOOD, prox=GOOD, delta=0.1), ValueError, "stiefel.nearest_etf: prox is a ndarray of float64 and shape"),
     "start": (lambda: nearest_etf(GOOD, start=GOOD), ValueError, r"stiefel.nearest_etf: start has shape \(4, 3\)"),
     "start off": (lambda: nearest_etf(GOOD, start=GOOD[:, :2]), ValueError, "stiefel.nearest_etf: start is .* off Stiefel"),
     "solver": (lambda: nearest_etf(GOOD, solver="newton"), ValueError, "stiefel.nearest_etf: solver is 'newton'"),  # type: ignore[arg-type]
@@ -408,3 +408,13 @@ def test_pymanopt_is_loaded_when_used() -> None:
     code = "import sys, ufm.solvers.stiefel; print({'pymanopt', 'autograd'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("d", [3, 5])
+def test_two_classes_whose_inner_residual_vanishes(d: int) -> None:
+    """On a circle pymanopt's inner solver reaches a residual of exactly 0 and would divide by it."""
+    for seed in range(12):
+        means = np.random.default_rng(seed).standard_normal((d, 2))
+        found = nearest_etf(means)
+        assert found.success
+        assert found.distance == pytest.approx(etf.nearest(means).distance, abs=1e-12)

@@ -217,3 +217,12 @@ def test_arguments_are_checked(call: Any, says: str) -> None:
 def test_not_a_problem() -> None:
     with pytest.raises(TypeError, match="problem is 3, but must be"):
         limits.at_radius(3)  # type: ignore[arg-type]
+
+
+def test_a_nearest_etf_cannot_lean_out_of_its_own_span() -> None:
+    """Dot regression past its targets, one column a class, width K - 1: descent stops above 0, and no floor is claimed."""
+    head = ufm.heads.NearestETF()
+    problem = ufm.Problem([1] * 3, width=2, features="free", lam_w=0, lam_h=0, radius=1.7, head=head, loss=ufm.DotRegression())
+    assert np.isnan(limits.at_radius(problem).value[0])
+    run = ufm.simulate(problem, ufm.rules.GradientDescent(0.2), steps=2000, every=2000)
+    assert run.last("value")[0] > 0.05

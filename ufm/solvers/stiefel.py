@@ -291,7 +291,8 @@ class _Seen:
         parts = [kinds[type(m)](m) for m in function.parts]
         for part, m in zip(parts, function.parts, strict=True):
             if isinstance(m, Stiefel):  # polar: of second order, so that long flat valleys are followed in long steps, unlike with QR
-                part.retraction = lambda x, v, m=m: m.nearest(x + v)
+                # pymanopt's inner solver divides 0 by 0 once its residual is exactly 0: such a move is none
+                part.retraction = lambda x, v, m=m: m.nearest(x + v) if np.all(np.isfinite(v)) else x
         self.function, self.single = function, len(parts) == 1
         self.manifold = parts[0] if self.single else manifolds.Product(parts)
 

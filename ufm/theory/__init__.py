@@ -89,4 +89,4 @@ def predict(problem: Problem) -> Prediction:
             return draft.prediction()
     fewest = min(map(len, failed))
     near = [f"'{t.name}' needs: {'; '.join(m)}" for t, m in zip(THEOREMS, failed, strict=True) if len(m) == fewest]
-    raise NoTheory(f"predict: no theorem covers this problem: {', or '.join(near)}; use ufm.solve")
+    raise NoTheory(f"predict: no theorem covers this problem: {', or '.join(near)}; use ufm.solve, or ufm.simulate under a head or radius")

@@ -144,7 +144,8 @@ def _obstacle(problem: Problem, g: int, tau: float) -> str:
     bias = _bias_of(problem)
     # past the targets, unit rows need features that lean out of their span
     squared = K if bias == "none" or tau > (K - 1) / K else K - 1
-    need = {"CE": K - 1, "MSE": squared, "DR": 2 if tau > 1 and bias != "free" else 1}[name]
+    leaning = K if problem.head.name == "NearestETF" else 2
+    need = {"CE": K - 1, "MSE": squared, "DR": leaning if tau > 1 and bias != "free" else 1}[name]
     return "" if problem.width >= need else f"floor not known to be attained: width is {problem.width}; use width >= {need}"
 
 
