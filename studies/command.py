@@ -91,6 +91,28 @@ def evenly(values: Sequence[Any], count: int) -> list[Any]:
     return [values[i] for i in np.unique(np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int))]
 
 
+def computed(
+    function: Callable[..., list[dict[str, Any]]],
+    points: Sequence[dict[str, Any]],
+    options: Options,
+    label: str,
+    same: Sequence[str] = (),
+) -> sweep.Table:
+    """The rows of the points, one a block: those stored, and those missing computed by the executor asked for."""
+    with options.workforce() as executor:
+        return sweep.run(
+            function,
+            points,
+            out=options.folder,
+            same=same,
+            block=1,
+            executor=executor,
+            retry_failed=options.retry_failed,
+            options=options.plain(),
+            label=label,
+        )
+
+
 def finish(out: Path, tables: Mapping[str, sweep.Table], summary: Mapping[str, Any], draw: Callable[[Path, Path], list[Path]]) -> int:
     """Export the tables as NAME.csv, .npz and .nc, draw the figures, say what came out; the exit status, 1 where points failed."""
     files = [

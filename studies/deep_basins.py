@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 import ufm
 from studies.command import Options as Common
-from studies.command import evenly, finish
+from studies.command import computed, evenly, finish
 from ufm import sweep
 from ufm.arrays import to_numpy
 from ufm.objective import chain_of
@@ -64,17 +64,7 @@ def main(options: Options) -> int:
     """Compute what is missing, store, draw, and say on standard output what came out."""
     from figures import deep_basins as figure
 
-    with options.workforce() as executor:
-        table = sweep.run(
-            deep_basins,
-            points(options),
-            out=options.folder,
-            block=1,
-            executor=executor,
-            retry_failed=options.retry_failed,
-            options=options.plain(),
-            label="basins",
-        )
+    table = computed(deep_basins, points(options), options, "basins")
     tables = {f"rows_{count}_seeds": table.where(seeds=count) for count in np.unique(table["seeds"])}
     return finish(options.folder, tables, {} if table.failures else summary(table), figure.draw_all)
 

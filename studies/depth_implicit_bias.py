@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 import ufm
 from studies.command import Options as Common
-from studies.command import finish
+from studies.command import computed, finish
 from ufm import metrics, sweep
 from ufm.arrays import to_numpy
 from ufm.dynamics import iterate
@@ -65,18 +65,7 @@ def main(options: Options) -> int:
     """Compute what is missing, store, draw, and say on standard output what came out."""
     from figures import depth_implicit_bias as figure
 
-    with options.workforce() as executor:
-        table = sweep.run(
-            depth_implicit_bias,
-            points(options),
-            out=options.folder,
-            same=SAME,
-            block=1,
-            executor=executor,
-            retry_failed=options.retry_failed,
-            options=options.plain(),
-            label="unregularised flow",
-        )
+    table = computed(depth_implicit_bias, points(options), options, "unregularised flow", same=SAME)
     return finish(options.folder, {"rows": table}, {} if table.failures else summary(table), figure.draw)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from studies.command import Options as Common
-from studies.command import finish
+from studies.command import computed, finish
 from studies.etf_ablation_rows import GUARD, LAWS, MEASURE, SHOWN, WEIGHTS, followed
 from ufm import sweep
 from ufm.arrays import keep_freed_memory
@@ -80,17 +80,7 @@ def main(options: Options) -> int:
     """Compute what is missing, store, draw, and say on standard output what came out."""
     from figures import etf_ablation as figure
 
-    with options.workforce() as executor:
-        table = sweep.run(
-            etf_ablation,
-            points(options),
-            out=options.folder,
-            block=1,
-            executor=executor,
-            retry_failed=options.retry_failed,
-            options=options.plain(),
-            label="ablations",
-        )
+    table = computed(etf_ablation, points(options), options, "ablations")
     tables = {name: table.where(panel=name) for name in dict.fromkeys(table.values("panel"))}
     return finish(options.folder, tables, {} if table.failures else summary(table), figure.draw)
 

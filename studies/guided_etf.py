@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 import ufm
 from studies.command import Options as Common
-from studies.command import evenly, finish
+from studies.command import computed, evenly, finish
 from ufm import metrics, sweep
 from ufm.arrays import keep_freed_memory, to_numpy
 from ufm.dynamics import Snapshot, iterate
@@ -92,17 +92,7 @@ def main(options: Options) -> int:
     """Compute what is missing, store, draw, and say on standard output what came out."""
     from figures import guided_etf as figure
 
-    with options.workforce() as executor:
-        table = sweep.run(
-            guided_etf,
-            points(options),
-            out=options.folder,
-            block=1,
-            executor=executor,
-            retry_failed=options.retry_failed,
-            options=options.plain(),
-            label="guided runs",
-        )
+    table = computed(guided_etf, points(options), options, "guided runs")
     tables = {f"rows_{model}": table.where(model=model) for model in dict.fromkeys(table.values("model"))}
     return finish(options.folder, tables, {} if table.failures else summary(table), figure.draw)
 
