@@ -13,9 +13,13 @@ Glossary: K classes of n_k samples, N in all; d the feature width; L the number 
 `runs` starts each give B = G * runs runs, cell-major. The one convention of the objective is stated in `ufm.objective`.
 
 Rooms: counts, frames, losses, polar, etf, etf_policies, heads, problem (with the table of the papers' conventions), chain, starts,
-objective, coordinates, headed, certificate, metrics, theory, rules, dynamics, solvers, landscape, sweep, plots.
+objective, coordinates, headed, certificate, metrics, theory, rules, dynamics, solvers, landscape, sweep, plots; bridge, loaded when
+asked for, needs torch.
 Importing ufm loads numpy and the array-API shim only.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from ufm import counts, etf, frames, heads, losses, metrics, rules, starts, sweep
 from ufm.certificate import certify
@@ -26,6 +30,9 @@ from ufm.problem import PAPERS, Problem
 from ufm.records import Certificate, EndPoint, NoTheory, Prediction, Regime, Solution, Stop, Trajectory
 from ufm.solvers import solve
 from ufm.theory import predict
+
+if TYPE_CHECKING:
+    from ufm import bridge as bridge
 
 __version__ = "0.1.0"
 
@@ -61,3 +68,10 @@ __all__ = [
     "starts",
     "sweep",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`ufm.bridge`, imported when first asked for: it alone needs torch."""
+    if name == "bridge":
+        return import_module("ufm.bridge")
+    raise AttributeError(f"module 'ufm' has no attribute {name!r}")
