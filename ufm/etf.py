@@ -277,13 +277,15 @@ def _weights(call: str, weights: Any, means: Array) -> Array | None:
 def _normalised(call: str, means: Array, w: Array | None, centre: Array | None) -> tuple[Array, Array]:
     """Ht (..., d, K) and the size divided out, (..., 1, 1); the mean is subtracted twice, so that equal columns leave nothing."""
     xp = namespace(means)
-    B = means + 0.0 if centre is None else means - means @ centre
+    middle = None if centre is None else means @ centre
+    B = means + 0.0 if middle is None else means - middle
     if centre is not None:
         B -= B @ centre
     if w is not None:
         B = xp.where(w > 0, B, 0.0)
     top = _largest(B)
-    if readable(B) and not bool(xp.all(top > 2 * xp.finfo(B.dtype).eps * _largest(means))):
+    least = 0.0 if middle is None else 2 * xp.finfo(B.dtype).eps * _largest(middle)
+    if readable(B) and not bool(xp.all(top > least)):
         rule = "differ" if centre is not None else "are not all zero"
         raise ValueError(f"{call}: all means of a problem are equal, but a direction needs means that {rule}; leave such problems out")
     B /= top  # so that no square is lost
@@ -295,4 +297,4 @@ def _normalised(call: str, means: Array, w: Array | None, centre: Array | None) 
 def _largest(x: Array) -> Array:
     """max |x| of each matrix, (..., 1, 1)."""
     xp = namespace(x)
-    return xp.maximum(xp.max(x, axis=(-2, -1), keepdims=True), -xp.min(x, axis=(-2, -1), keepdims=True))
+    return xp.max(xp.abs(x), axis=(-2, -1), keepdims=True)
