@@ -50,7 +50,7 @@ class Size:
     depths: tuple[int, ...] = tuple(range(1, 9))
     cells: int = 20
     starts: int = 20
-    margin_starts: int = 6
+    margin_starts: int = 20
 
 
 SIZES = {"full": Size(), "quick": Size(tuple(range(3, 10)), (1, 2, 3, 5), 10, 5, 4), "smoke": Size((3, 4), (1, 2), 5, 2, 2)}
