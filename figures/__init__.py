@@ -21,4 +21,10 @@ FIGURES = {
     "guided_etf": ("guided_etf", "descent with the nearest simplex ETF as classifier against others, UFM-10 to UFM-1000, a file each"),
     "etf_cost": ("etf_cost", "time and peak memory of the nearest simplex ETF and its gradient over classes and width, three routes"),
     "etf_ablation": ("etf_ablation", "nearest-ETF options: averaging, proximal point, guard, class weights; the gradient through it"),
+    "network_imbalance": (
+        "network_imbalance",
+        "trained ReLU networks over theory's map of minority collapse; margins, norms, objectives, epochs",
+    ),
+    "network_guided": ("network_guided", "networks with the nearest ETF as classifier and with others, balanced and long-tailed"),
+    "network_low_rank": ("network_low_rank", "networks with deep heads: loss against collapse, spectra, logits; where they end"),
 }

@@ -12,4 +12,7 @@ STUDIES = {
     "guided_etf": "How much faster do features collapse when the classifier is the nearest simplex ETF?",
     "etf_cost": "What do the nearest simplex ETF and its gradient cost, in closed form, by trust regions, by a declarative node?",
     "etf_ablation": "Which options of the nearest-ETF classifier matter, and how much of the gradient comes through it?",
+    "network_imbalance": "Does a trained ReLU network reach the margins, norms, orthogonality and thresholds of free features?",
+    "network_guided": "Does a network collapse faster with the nearest ETF as classifier than with a fixed ETF or a trained one?",
+    "network_low_rank": "Does a network with a deep linear or ReLU head end at deep neural collapse, or below it at low rank?",
 }

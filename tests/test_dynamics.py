@@ -277,7 +277,7 @@ def test_seeds() -> None:
 
 
 def test_progress_counts_every_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dynamics, "BYTES_PER_COORDINATE", 15e6 / 24 / 4)
+    monkeypatch.setattr(dynamics, "BYTES_PER_COORDINATE", 15e6 / (24 + 9) / 4)  # coordinates and logits of a run, four runs a block
     done: list[int] = []
     simulate(GRID, RULES[0], runs=3, steps=2, progress=done.append)
     assert done == [4, 4, 1]

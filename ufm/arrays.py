@@ -36,6 +36,7 @@ __all__ = [
 
 MANY_THREADS = 512  # width from which one product is worth more than one BLAS thread
 BLOCK_BYTES = 15e6  # of a block on a CPU: past a core's own cache, but enough to hide the cost of a call
+FREE_SHARE = 1 / 3  # of an accelerator's free memory, for blocks whose estimate may be half of what they take at the peak of a step
 
 
 class NoDevice(ValueError):
@@ -158,7 +159,19 @@ def keep_freed_memory() -> None:
 
 
 def block_size(bytes_per_run: float, device: str) -> int:
-    """Runs per block: about 15 MB of working set on a CPU, all of them on an accelerator."""
-    if device not in ("numpy", "cpu"):
-        return sys.maxsize
-    return max(1, math.floor(BLOCK_BYTES / bytes_per_run))
+    """Runs per block: about 15 MB of working set on a CPU, FREE_SHARE of the free memory on CUDA, all of them elsewhere."""
+    room = BLOCK_BYTES if device in ("numpy", "cpu") else _free_bytes(device)
+    return sys.maxsize if room is None else max(1, math.floor(room / bytes_per_run))
+
+
+def _free_bytes(device: str) -> float | None:
+    """FREE_SHARE of what torch can still get on `device`, with what it holds in reserve; None where there is no telling."""
+    try:
+        import torch
+
+        if not device.startswith("cuda") or not torch.cuda.is_available():
+            return None
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return FREE_SHARE * float(torch.cuda.mem_get_info(device)[0] + reserve)
+    except (ImportError, RuntimeError, AssertionError):
+        return None  # `place` says what is wrong

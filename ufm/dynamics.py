@@ -174,7 +174,8 @@ def simulate(
     cells = np.repeat(np.arange(problem.cells), runs)
     rows = problem.pick(cells)
     book = _Book.empty(factors, np.unique([*range(0, steps, every), steps]))
-    block = block_size(BYTES_PER_COORDINATE * sum(rows * cols for rows, cols in frame.shapes), device)
+    logits = problem.classes * problem.labels.shape[1]
+    block = block_size(BYTES_PER_COORDINATE * (logits + sum(rows * cols for rows, cols in frame.shapes)), device)
     keep_freed_memory()
     with threads_for(problem.width), np.errstate(over="ignore", invalid="ignore"):
         for first in range(0, len(cells), block):
@@ -187,7 +188,7 @@ def simulate(
     return book.trajectory(coordinates(rows), device)
 
 
-BYTES_PER_COORDINATE = 8 * 18  # of a run: blocks of 16 runs of 6,000 coordinates, or 250 of 400
+BYTES_PER_COORDINATE = 8 * 18  # and logit of a run: blocks of 16 runs of 6,000 coordinates, or 200 of 400 with 100 logits
 OWN_RECORDS = ("value", "gradient_norm", "time")
 
 

@@ -70,7 +70,7 @@ def solve(
     factors = first_factors(problem, start, runs, seeds("solve", seed, problem.cells), chain)
     rows = problem.pick(np.repeat(np.arange(problem.cells), runs))
     x = balanced(rows).from_factors(factors)
-    block = block_size(BYTES_PER_COORDINATE * x.shape[1], device)
+    block = block_size(BYTES_PER_COORDINATE * (x.shape[1] + problem.classes * problem.labels.shape[1]), device)
     outcomes = []
     with threads_for(problem.width):
         for first in range(0, len(x), block):
@@ -81,7 +81,7 @@ def solve(
         return _solution(rows, outcomes, device)
 
 
-BYTES_PER_COORDINATE = 8 * 18  # a run's pairs, point, gradient and temporaries
+BYTES_PER_COORDINATE = 8 * 18  # and logit: a run's pairs, point, gradient and temporaries
 
 
 def _solution(rows: Problem, outcomes: list[Outcome], device: str) -> Solution:
