@@ -332,6 +332,6 @@ def moving(table: sweep.Table) -> str:
     rows = stored.pick(table, STUDY, kind="network")
     lost, still = int(np.sum(rows["net_stop"] == "DIVERGED")), int(np.sum(rows["net_gradient"] > STILL))
     return (
-        f"Networks: {len(rows)}, diverged and left out {lost}, scale-free gradient above {STILL:g} at the end {still} (hollow). Optima of the same "
-        f"problems are proven to {rows['solved_gap'].max():.0e}."
+        f"Networks: {len(rows)}, diverged and left out {lost}, scale-free gradient above {STILL:g} at the end {still} (hollow). Optima of "
+        f"the same problems are proven to {rows['solved_gap'].max():.0e}."
     )

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -46,6 +48,16 @@ def test_the_etf_snippet_prints_its_output() -> None:
     """As written."""
     done = subprocess.run([sys.executable, "-c", block("etf")], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == block("etf output")
+
+
+def test_the_network_snippets_print_their_output() -> None:
+    """The training, the monitor's three lines and the end, as written."""
+    pytest.importorskip("torch")
+    monitor = block("monitor")
+    assert len(monitor.strip().splitlines()) == 3
+    code = block("network") + monitor + block("network end")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == block("network output")
 
 
 def test_every_link_leads_to_a_file() -> None:

@@ -339,6 +339,16 @@ def test_pictures_are_read_and_a_resnet_trained(tmp_path: Path) -> None:
     assert np.all(found["start_norms"] > 0)
 
 
+def test_without_torch_one_sentence_says_what_to_install() -> None:
+    code = (
+        "import sys\nclass Absent:\n    @staticmethod\n    def find_spec(name, *_):\n        if name == 'torch': raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Absent)\nfrom studies.__main__ import main\nsys.exit(main(['network_imbalance', '--smoke']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "studies network_imbalance: ufm.bridge needs torch; install the extra: pip install ufm[torch]\n"
+
+
 @pytest.mark.parametrize(
     "wrong", [{"dataset": "cifar10"}, {"root": Path("data")}, {"dataset": "digits", "root": Path("data")}, {"runs": 0}]
 )

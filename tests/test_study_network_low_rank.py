@@ -98,7 +98,7 @@ def test_a_network_is_a_point_of_its_model(head: str, monkeypatch: pytest.Monkey
     if head != "decay":
         assert row["objective"][-1] == pytest.approx(value, rel=1e-4)
     else:
-        everything = asked["lam"] / 2 * sum(float((p.double() ** 2).sum()) for p in network.parameters())
+        everything = asked["lam"] / 2 * sum(float((p.detach().double() ** 2).sum()) for p in network.parameters())
         assert row["objective"][-1] == pytest.approx(loss + everything, rel=1e-4)
     assert row["lam_eff"] == pytest.approx((asked["n"] * lam_h * asked["lam"] ** asked["depth"]) ** (1 / (asked["depth"] + 1)), rel=1e-6)
     assert row["below"] == (row["value"] < row["dnc"])
