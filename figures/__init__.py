@@ -26,5 +26,6 @@ FIGURES = {
         "trained ReLU networks over theory's map of minority collapse; margins, norms, objectives, epochs",
     ),
     "network_guided": ("network_guided", "networks with the nearest ETF as classifier and with others, balanced and long-tailed"),
-    "network_low_rank": ("network_low_rank", "networks with deep heads: loss against collapse, spectra, logits; where they end"),
+    "network_low_rank": ("network_low_rank", "networks with deep heads: loss against collapse, mean logits, spectra"),
+    "network_low_rank_ends": ("network_low_rank", "where networks with deep heads end, and their unconstrained model: values, ranks"),
 }

@@ -288,7 +288,7 @@ def caption(table: sweep.Table, rows: sweep.Table, heads: Heads, above: dict[Key
         rf"$K={first['K']}$, {sizes}; features of width {first['width']} and norm {first['radius']:g} (plain linear layer: free); "
         rf"SGD, batches of at most {batch}, momentum {first['momentum']:g}, rate {first['lr']:g} falling along a cosine, weight decay "
         rf"{first['weight_decay']:g}. Curves: median and range over {seeds} seeds, same first body and batches for every head.{shorter} "
-        f"{'No network' if not lost else f'{lost} of {len(rows)} networks'} diverged. Metrics of the training set in evaluation mode, about "
+        f"{'No network' if not lost else f'{lost} of {len(rows)} networks'} diverged. Metrics of the training set, evaluated, about "
         f"the mean of all samples. (a): over {what}, which the plain linear layer lacks; medians left: {ends}.{worth} "
         f"Norms of the loss's gradient left: {rows['loss_gradient'].min():.1e} to {rows['loss_gradient'].max():.1e}. "
         "(i): geometric mean and 95 % t interval over pairs of one seed; hollow where not every seed got there."

@@ -19,7 +19,7 @@ from ufm.theory import limits
 Floats = NDArray[np.float64]
 
 FLOOR, MARGIN = 1e-3, 1e-2  # a network is at collapse within this of the loss's floor, and of the margin's limit
-LEVELS = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)  # how soon a measure falls to each of them
+LEVELS = (0.5, 0.2, 0.1, 0.07, 0.05, 0.03, 0.02, 0.015, 0.01, 0.007, 0.005, 0.003, 0.002, 0.001)  # how soon a measure falls to each
 FALLING = ("excess", "margin_gap", "nc1", "nc3")
 SHOWN = 201  # margins kept of a run, evenly over the sorted ones
 

@@ -24,7 +24,8 @@ Floats = NDArray[np.float64]
 DEAD = 0.01  # a class is dead if its mean feature is at most this share of the longest predicted one
 SHARE = 0.1  # lam_w/lam_h over N
 ADAM = 5e-3  # its rate, constant
-SETTLED = 1e-7  # scale-free gradient norm at which free descent ends
+SETTLED = 1e-7  # scale-free gradient norm at which free descent ends; on the map, where small classes weigh little too:
+QUIET = 1e-6
 BATCH = 512  # samples of one forward pass where batches are not full
 CURVES = ("gap", "gradient", "margins", "norms", "nc1", "features", "classifier")
 
@@ -78,7 +79,7 @@ def training_of(point: dict[str, Any]) -> Any:
     """Full-batch Adam, or mini-batches and SGD with momentum for pictures; the rate falls along a cosine to zero."""
     import torch
 
-    from ufm.bridge.options import SGD, Adam, Training
+    from ufm.bridge import SGD, Adam, Training
 
     rate, batch = point["rate"], point["batch"]
     optimiser = Adam(rate) if batch is None else SGD(rate, momentum=0.9)
@@ -90,10 +91,7 @@ def trained(point: dict[str, Any]) -> dict[str, Any]:
     """The row of a network: the prediction, a proven optimum, free descent from the network's own start, the trained network."""
     import torch
 
-    from ufm.bridge import models
-    from ufm.bridge.monitor import Monitor
-    from ufm.bridge.problem import penalty
-    from ufm.bridge.train import train
+    from ufm.bridge import Monitor, models, penalty, train
 
     problem = problem_of(point)
     theory, n = ufm.predict(problem), problem.counts[0]
@@ -243,7 +241,7 @@ def cell(point: dict[str, Any]) -> dict[str, Any]:
     seed, runs = sweep.seed_of({name: point[name] for name in ("K", "n_max", "n_min", "t", "seed")}), point["descents"]
     first = ufm.starts.first_factors(problem, ufm.starts.balanced(1.0), runs, seed, chain_of(problem))
     rule, start = descent(problem, theory, *first), ufm.starts.given(first)
-    path = ufm.simulate(problem, rule, runs=runs, steps=point["steps"], every=100, tol=1e-4, probes=("class_norms",), start=start)
+    path = ufm.simulate(problem, rule, runs=runs, steps=point["steps"], every=100, tol=QUIET, probes=("class_norms",), start=start)
     lengths = np.sqrt(np.diagonal(theory.feature_gram[0]))
     dead = path.last("class_norms") <= DEAD * lengths.max()
     edges = {name: float((n.sum() * level[0]) ** 2 / n.min()) for name, level in boundaries(problem)._asdict().items() if name != "merged"}

@@ -91,7 +91,7 @@ def main(options: Options) -> int:
 
     table = computed(network_low_rank, points(options), options, "networks")
     tables = {f"rows_{panel}": table.where(panel=panel) for panel in ("trained", "simulated", "predicted")}
-    return finish(options.folder, tables, {} if table.failures else summary(table), figure.draw)
+    return finish(options.folder, tables, {} if table.failures else summary(table), figure.draw_all)
 
 
 def points(options: Options) -> list[dict[str, Any]]:
@@ -157,7 +157,7 @@ def trained(point: dict[str, Any], _: int) -> dict[str, Any]:
             every=max(1, point["epochs"] // point["records"]),
             seed=point["run"],
         ),
-        penalty=(lambda model, features, _: penalty(problem, models.weights(model.head), features)) if held else None,
+        penalty=(lambda _, features, __: penalty(problem, models.weights(network.head), features)) if held else None,
         monitor=Monitor(network, [""], head="head", classes=point["K"], keep="none"),
         device=device,
         progress=False,
@@ -265,13 +265,16 @@ def first_samples(labels: NDArray[np.int64]) -> NDArray[np.int64]:
 def summary(table: sweep.Table) -> dict[str, Any]:
     """What a reader wants to know first, setting by setting: predicted, simulated, trained."""
     said: dict[str, Any] = {}
-    rows = table.where(panel="trained")
-    for setting in ends.settings(rows):
-        own = rows.where(**setting)
-        said[ends.title(setting)] = networks_told(own)
-        for start in ("random", "network"):
-            for told in simulations_told(table.where(panel="simulated", start=start, **setting)):
-                said[f"{ends.title(setting)}, simulated from {'random starts' if start == 'random' else 'the networks own starts'}"] = told
+    for setting in ends.settings(table.where(panel="trained")):
+        name, own = ends.title(setting), table.where(panel="trained", **setting)
+        said[name] = networks_told(own)
+        for start, text in (("random", "random starts"), ("network", "the networks' own starts")):
+            rows = table.where(panel="simulated", start=start, **setting)
+            if len(rows):
+                said[f"{name}, simulated from {text}"] = simulations_told(rows)
+        rows = table.where(panel="predicted", **setting)
+        if len(rows):
+            said[f"{name}, predicted"] = predictions_told(rows, own)
     return said
 
 
@@ -287,16 +290,24 @@ def networks_told(own: sweep.Table) -> str:
     )
 
 
-def simulations_told(own: sweep.Table) -> list[str]:
-    """Runs of the model in words, none or one."""
+def simulations_told(rows: sweep.Table) -> str:
+    """Runs of the model in words."""
+    ratios, gradients = rows.values("end_ratios")[0], rows.values("end_gradients")[0]
     return (
-        [
-            f"{np.sum(ratios < 1 - 1e-9)} of {len(ratios)} below DNC, value over DNC's {span(ratios)}; ends: {counted(names)}"
-            for ratios, names in zip(own.values("end_ratios"), own.values("end_names"), strict=True)
-        ]
-        if len(own)
-        else []
+        f"{rows['below_count'][0]} of {len(ratios)} below DNC ({rows['below_low'][0]:.2f} to {rows['below_high'][0]:.2f}), value over "
+        f"DNC's {span(ratios)}; rank of the logits {counted(rows.values('end_ranks')[0])}; ends: {counted(rows.values('end_names')[0])}; "
+        f"scale-free gradient {span(gradients)}"
     )
+
+
+def predictions_told(rows: sweep.Table, own: sweep.Table) -> str:
+    """The lowest structures over DNC's level, and how far the networks stay above them."""
+    known = dict(zip(rows.values("names")[0].tolist(), rows.values("levels")[0].tolist(), strict=True))
+    if rows.values("activation")[0] == "linear":
+        known |= dict(zip(rows.values("minima")[0].tolist(), rows.values("minima_values")[0].tolist(), strict=True))
+    found = sorted((value, name) for name, value in known.items() if name not in ("", "linear DNC") and np.isfinite(value))
+    told = ", ".join(f"{name} ({value / known['DNC']:.4f})" for value, name in found[:4])
+    return f"lowest, over DNC: {told}; the networks' values are {span(own['value'] / found[0][0] - 1)} of the lowest above it"
 
 
 def counted(values: Any) -> str:

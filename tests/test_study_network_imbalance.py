@@ -159,6 +159,7 @@ def test_a_row_is_plain_training(row: dict[str, Any]) -> None:
     assert np.allclose(row["net_norms"], np.linalg.norm(means, axis=1), rtol=1e-7, atol=1e-9)
     assert row["net_nc1_quotient"] == pytest.approx(within / between, rel=1e-6)
     assert np.allclose(row["curve_margins"][-1], row["net_margins"], rtol=1e-9, atol=0)
+    assert row["curve_nc1"][-1] == pytest.approx(row["net_nc1_quotient"], rel=1e-9)
     assert np.allclose(row["curve_norms"][0], row["start_norms"], rtol=1e-9, atol=0)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 
 import studied
 import ufm
+from figures import low_rank, network_low_rank_ends
 from figures import network_low_rank as figure
 from studies import low_rank_ends, network_low_rank
 from ufm import plots, sweep
@@ -200,10 +200,10 @@ def test_simulated_paths_are_those_of_simulate(table: sweep.Table) -> None:
 
 
 def test_a_shallow_head_ends_no_lower_than_collapse() -> None:
-    """L = 1, where DNC is optimal: a small network comes within 2 % of its level and never below; the model ends on it."""
-    other: dict[str, Any] = {"depth": 1, "epochs": 1500, "hidden": 64, "rate": 0.2}
+    """L = 1, where DNC is optimal: a network comes within 2 % of its level, not below; the model ends on it."""
+    other: dict[str, Any] = {"depth": 1, "epochs": 400, "hidden": 64, "rate": 0.2}
     row = network_low_rank.network_low_rank([point(**other)], [0])[0]
-    assert 1 <= row["ratio"] < 1.05
+    assert 1 <= row["ratio"] < 1.02
     assert not row["below"]
     assert (row["rank"], row["basin"]) == (9, "DNC")
     assert row["basin_value"] == pytest.approx(row["dnc"], rel=1e-8)
@@ -214,18 +214,16 @@ def test_a_second_call_computes_and_changes_nothing(smoke: Any, monkeypatch: pyt
     done, out = smoke
     broken = {f"studies.network_low_rank.{name}": None for name in ("trained", "simulated", "predicted")}
     assert studied.again(
-        "network_low_rank", out, monkeypatch, broken | {"figures.network_low_rank.draw": studied.no_figure}
+        "network_low_rank", out, monkeypatch, broken | {"figures.network_low_rank.draw_all": studied.no_figure}
     ) == studied.told(done)
 
 
-def test_a_row_does_not_depend_on_its_block(table: sweep.Table) -> None:
+def test_a_row_does_not_depend_on_its_block_or_seed(table: sweep.Table) -> None:
     """Computed beside another point, the same bits."""
-    asked = [point(run=1), point("decay")]
-    both = network_low_rank.network_low_rank(asked, [1, 2])
-    for p, row in zip(asked, both, strict=True):
-        stored = table.where(panel="trained", activation=p["activation"], penalty=p["penalty"], run=p["run"])
-        for name in ("objective", "logits", "value"):
-            assert np.array_equal(stored.values(name)[0], row[name])
+    asked = point("linear", run=1)
+    row = network_low_rank.network_low_rank([point("linear"), asked], [1, 2])[1]
+    stored = table.where(panel="trained", activation="linear", penalty="features", run=1)
+    assert all(np.array_equal(stored.values(name)[0], row[name]) for name in ("objective", "logits", "value"))
 
 
 def test_the_full_study_asks_what_it_should(tmp_path: Path) -> None:
@@ -259,12 +257,12 @@ def test_pictures_get_a_residual_body_with_free_features() -> None:
 
 
 def test_figures_show_the_rows(table: sweep.Table) -> None:
-    first = figure.runs(table).panels
+    first = figure.make(table).panels
     assert len(first) == 3
     for line, head in zip(first, HEADS, strict=True):
         activation, penalty = HEADS[head]
         own = table.where(panel="trained", activation=activation, penalty=penalty)
-        networks = [c for c in line[0].curves if c.colour == figure.NETWORKS]  # type: ignore[union-attr]
+        networks = [c for c in line[0].curves if c.colour == low_rank.NETWORKS]  # type: ignore[union-attr]
         kept = own["lam_t"][0] > 0
         assert np.array_equal([c.y for c in networks], own["objective"][:, kept])
         middle = sorted(range(2), key=lambda i: own["ratio"][i])[1]
@@ -282,7 +280,7 @@ def test_figures_show_the_rows(table: sweep.Table) -> None:
 
 
 def test_what_did_not_come_to_rest_is_marked(table: sweep.Table) -> None:
-    (value, rank, _), (linear, _relu, _) = figure.ends(table).panels
+    (value, rank, _), (linear, _relu, _) = network_low_rank_ends.make(table).panels
     networks = next(c for c in value.curves if c.label == "networks")  # type: ignore[union-attr]
     assert not networks.trusted.any()
     assert next(c for c in rank.curves if c.label.startswith("model, random")).trusted.all()  # type: ignore[union-attr]
@@ -294,13 +292,7 @@ def test_what_did_not_come_to_rest_is_marked(table: sweep.Table) -> None:
         table.errors,
         "x",
     )
-    again = figure.ends(at_rest)
+    again = network_low_rank_ends.make(at_rest)
     assert next(c for c in again.panels[0][0].curves if c.label == "networks").trusted.all()  # type: ignore[union-attr]
     assert again.panels[1][0].unsettled.tolist() == [0] * 4  # type: ignore[union-attr]
     assert "6 of 6 networks" in again.caption
-
-
-def test_figures_are_drawn_again_from_the_rows_alone(smoke: Any, tmp_path: Path) -> None:
-    folder = shutil.copytree(smoke[1], tmp_path / "rows")
-    for path in figure.draw(folder, tmp_path / "again"):
-        assert path.read_bytes() == (smoke[1] / path.name).read_bytes()

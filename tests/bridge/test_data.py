@@ -124,7 +124,8 @@ def test_wrong_gzip_files(tmp_path: Path) -> None:
     whole = raw.read_bytes()
     altered = bytearray(whole)
     altered[200] ^= 255
-    for content in (whole[:-9], bytes(altered), idx_bytes(IMAGES["train"])):
+    no_block = whole[:10] + b"\xff" + whole[11:]
+    for content in (whole[:-9], bytes(altered), no_block, idx_bytes(IMAGES["train"])):
         raw.write_bytes(content)
         with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz is no whole gzip file .* fetch it again"):
             data.idx(tmp_path)

@@ -174,6 +174,21 @@ def test_balanced_batches_draw_classes_alike() -> None:
     assert ((shares - expected).abs() < 5 * (expected / n).sqrt()).all()
 
 
+@pytest.mark.parametrize("batch", [None, 9])
+def test_pictures_are_varied_where_asked(batch: int | None) -> None:
+    """Each epoch trains on other crops and flips of the same pictures; without augment on the pictures themselves."""
+    plain, varied = (
+        Objective(residual(), PICTURES, Counted(), None, batch=batch, balanced=False, augment=augment, weight_decay=0.0, seed=0)
+        for augment in (False, True)
+    )
+    draws = torch.Generator().manual_seed(0)
+    seen = [torch.cat([x for x, _ in objective.batches(draws)]) for objective in (plain, varied, varied)]
+    pictures = {tuple(x) for x in PICTURES.batch()[0].flatten(1).tolist()}
+    assert [sum(tuple(x) in pictures for x in epoch.flatten(1).tolist()) < 5 for epoch in seen] == [False, True, True]
+    assert {tuple(x) for x in seen[0].flatten(1).tolist()} == pictures
+    assert not torch.equal(seen[1], seen[2])
+
+
 CASES: dict[str, tuple[Any, data.Data, Training, Any]] = {
     "full batch, Adam": (network, DATA, Training(6, Adam(0.01), every=2, dtype=DOUBLE), decay),
     "balanced, BatchNorm, dropout": (
