@@ -28,6 +28,7 @@ LEAST = 1e-8  # where logarithmic axes end
 SHOWN = 4  # levels of the figure of epochs
 RATIOS = (style.OKABE_ITO["blue"], style.OKABE_ITO["vermillion"])
 HALVES = {"majority": style.OKABE_ITO["blue"], "minority": style.OKABE_ITO["vermillion"]}
+PALE = {"majority": style.OKABE_ITO["sky"], "minority": style.OKABE_ITO["orange"]}  # of free descent, below the networks' marks
 BLACK = style.OKABE_ITO["black"]
 HOLLOW = f"some run's gradient > {STILL:g}"
 BAR = "share at zero"
@@ -220,8 +221,8 @@ def live(rows: sweep.Table, title: str, column: str, label: str) -> Curves:
             x, low, middle, high, _ = np.transpose(found)
             top = max(top, float(high.max()))
             told = [f"{half}, {what}, t = {a:g}: {b:.4g} ({c:.4g} to {d:.4g}, {n:.0f} runs)" for a, c, b, d, n in found]
-            dash = {"gd": (2.0, 2.0)}.get(prefix, ())
-            curves.append(Curve(x, middle, low, high, f"{what}, {half}", colour if marker else BLACK, marker, None, told, 0.8, dash))
+            tint, dash = {"predicted": (BLACK, ()), "gd": (PALE[half], (2.0, 2.0)), "net": (colour, ())}[prefix]
+            curves.append(Curve(x, middle, low, high, f"{what}, {half}", tint, marker, None, told, 0.8, dash))
     return Curves(curves, title=title, labels=(X, label), log=(False, False), limits=(0.0, 1.08 * top))
 
 

@@ -66,7 +66,7 @@ def objective(table: sweep.Table, own: Sequence[Row], setting: Row) -> plots.Cur
     if held:
         known = known_levels(table, setting)
         curves += [level(x, value, *LEVELS[name]) for name, value in known.items()]
-        low, high = min([low, *known.values()]), max(known.values())
+        low, high = min([low, *known.values()]), max([low, *known.values()])  # runs that are far from their end show their tails
     labels = (r"$\lambda t$", "objective")
     return plots.Curves(curves, title=brief(setting), labels=labels, log=(True, False), limits=(0.9 * low, 1.6 * high))
 

@@ -163,10 +163,10 @@ def test_networks_of_a_run_start_alike_and_simulations_start_from_them() -> None
     for a, b, c in zip(first.parameters(), decayed.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
         assert not torch.equal(a, c)
-    spread = float(torch.cat([W.flatten() for W in list(first.head.parameters())[:2]]).std())
+    spread = float(torch.cat([W.detach().flatten() for W in list(first.head.parameters())[:2]]).std())
     assert spread == pytest.approx(16**-0.5, rel=0.1)
     wide = network_low_rank.network_of(point("relu", width=200), data)
-    assert float(next(wide.head.parameters()).std()) == pytest.approx((2 / 200) ** 0.5, rel=0.02)
+    assert float(next(wide.head.parameters()).detach().std()) == pytest.approx((2 / 200) ** 0.5, rel=0.02)
     asked = point(panel="simulated", start="network")
     start = network_low_rank.start_of_networks(asked, network_low_rank.problem_of(asked))
     inputs, labels = data.batch()

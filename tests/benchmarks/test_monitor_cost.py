@@ -124,7 +124,5 @@ def test_report_of_an_epoch(benchmark: Any) -> None:
             least["batch"] = min(least["batch"], time.process_time() - start)
     batches = least["report"] / least["batch"]
     benchmark.extra_info |= {"report_s": least["report"], "batches": batches}
-    print(
-        f"\nreport of 50,000 samples: {least['report']:.2f} s, {batches:.2f} batches, {100 * batches / 391:.2f} % of an epoch forward"
-    )
+    print(f"\nreport of 50,000 samples: {least['report']:.2f} s, {batches:.2f} batches, {100 * batches / 391:.2f} % of an epoch forward")
     benchmark.pedantic(lambda: model(x), rounds=1)

@@ -24,8 +24,8 @@ from ufm.rules import GradientDescent
 torch = pytest.importorskip("torch")
 from torch.nn.functional import cross_entropy  # noqa: E402
 
+from ufm.bridge.backward import nearest_etf as nearest_frame  # noqa: E402
 from ufm.bridge.heads import FixedETFHead, NearestETFHead  # noqa: E402
-from ufm.bridge.heads import _nearest as nearest_frame  # noqa: E402
 
 DOUBLE = torch.float64
 PAPER = NearestETF(form="full", delta=1e-3)
@@ -233,7 +233,7 @@ def test_nothing_is_left_of_a_graph() -> None:
         nodes, found = [logits.grad_fn], []
         while nodes:
             node = nodes.pop()
-            found += [weakref.ref(node)] if "_Nearest" in type(node).__name__ else []
+            found += [weakref.ref(node)] if "Nearest" in type(node).__name__ else []
             nodes += [after for after, _ in node.next_functions if after is not None]
         assert len(found) >= 1
         del node, nodes, logits
@@ -634,7 +634,7 @@ def test_one_process_of_a_group(tmp_path: Path) -> None:
                 node = nodes.pop()
                 names.add(type(node).__name__)
                 nodes += [after for after, _ in node.next_functions if after is not None]
-            assert ("_OverProcessesBackward" in names) == synchronise
+            assert ("OverProcessesBackward" in names) == synchronise
     finally:
         torch.distributed.destroy_process_group()
 

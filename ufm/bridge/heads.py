@@ -10,7 +10,7 @@ averages are those of one process with the whole batch, where all batches are of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from math import inf, nan
 from numbers import Integral, Real
@@ -19,11 +19,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.autograd.function import once_differentiable
 
 from ufm import heads
 from ufm.arrays import like, readable, to_numpy
-from ufm.etf import pullback
+from ufm.bridge.backward import nearest_etf, no_autocast, over_processes
 from ufm.etf_policies import Averaged, averaged
 
 Classifier = tuple[Tensor, Tensor | None]  # W (K, d), b (K,)
@@ -63,7 +62,7 @@ class _ETFHead(nn.Module):
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
         """Features (B, d), in evaluation (..., d) -> logits of K classes, in the dtype that `nn.Linear` would give."""
         self._check_features(features)
-        with _no_autocast(features):
+        with no_autocast(features):
             z = self._scaled(features)
             W, b = self._classifier(z, labels)
         return nn.functional.linear(z, W.to(z.dtype), None if b is None else b.to(z.dtype))
@@ -108,7 +107,7 @@ class _ETFHead(nn.Module):
         """Sums of z (B, d) over each column of members (B, M), (M, d), and the number of members, (M, 1), over all processes."""
         both = torch.cat([members.mT @ z, members.sum(dim=0)[:, None]], dim=1)
         if self.synchronise and dist.is_available() and dist.is_initialized():
-            both = _over_processes(both)
+            both = over_processes(both)
         if readable(both) and not bool(torch.isfinite(both).all()):
             raise ValueError(f"{self._name}: features hold NaN or infinity, but must be finite; look for a step size that is too long")
         return both[:, :-1], both[:, -1:]
@@ -246,7 +245,7 @@ class NearestETFHead(_ETFHead):
                 return self.weight.to(batch.dtype, copy=True), previous
             options, means = replace(self.options, gradient=False), torch.eye(*means.shape, dtype=means.dtype, device=means.device)
         given = batch if options.gradient else batch.detach()
-        found: tuple[Tensor, Tensor] = _nearest(given, means, average.rate, options, previous)
+        found: tuple[Tensor, Tensor] = nearest_etf(given, means, average.rate, options, previous)
         return found
 
     def _checked(self, labels: Tensor | None, z: Tensor) -> Tensor:
@@ -322,50 +321,6 @@ class FixedETFHead(_ETFHead):
         return self
 
 
-class _Nearest(torch.autograd.Function):
-    """The nearest ETF to averaged means (d, K) and its U, as a function of the batch's means, which enter the average at a rate (1, K)."""
-
-    @staticmethod
-    def forward(ctx: Any, batch: Tensor, means: Tensor, rate: Tensor, options: heads.NearestETF, previous: Tensor | None) -> Any:
-        nearest = options.nearest(means, previous)
-        ctx.nearest, ctx.rate, ctx.guard = nearest, rate, options.guard
-        ctx.mark_non_differentiable(nearest.U)
-        return nearest.W.clone(), nearest.U  # a copy: ctx and an output of its own would keep each other alive
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_W: Tensor, _: Tensor) -> Any:
-        with _no_autocast(grad_W):
-            return ctx.rate * pullback(ctx.nearest, grad_W, guard=ctx.guard), None, None, None, None
-
-
-_nearest: Any = _Nearest.apply
-
-
-class _OverProcesses(torch.autograd.Function):
-    """The sum S of a tensor's S_r over processes r. Each loss L_r is a function of all of S, so the gradient of sum_r L_r in S_r is the sum
-    of theirs in S; the mean over processes that DDP takes turns sum_r L_r into the mean loss of the whole batch.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor) -> Tensor:
-        return _summed(part)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _summed(grad)
-
-
-_over_processes: Any = _OverProcesses.apply
-
-
-def _summed(part: Tensor) -> Tensor:
-    total = part.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total)
-    return total
-
-
 def _apart(means: Tensor, weights: Any, least: Tensor) -> bool:
     """Whether the averaged means (d, K) of the classes that count differ by more than rounding and `least`."""
     if not readable(means):
@@ -376,8 +331,3 @@ def _apart(means: Tensor, weights: Any, least: Tensor) -> bool:
         return False
     spread, noise = means - means.mean(dim=1, keepdim=True), 8 * torch.finfo(means.dtype).eps * means.abs().max()
     return bool(spread.abs().max() > torch.maximum(noise, least))
-
-
-def _no_autocast(x: Tensor) -> Any:
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

@@ -172,6 +172,12 @@ def gathered(mine: Seen, place: torch.device) -> Seen:
     return whole
 
 
+def pooled(x: Tensor) -> Tensor:
+    """Means over the pixels of (n, C, H, W), (n, C) in float64."""
+    few = max(1, BLOCK // x[0].numel()) if x.device.type == "cpu" else len(x)
+    return torch.cat([part.mean(dim=(2, 3), dtype=torch.float64) for part in x.split(few)])
+
+
 def _between(total: Tensor, counts: Tensor, part: Tensor, more: Tensor) -> Tensor:
     """sqrt(n m/(n + m)) (mean of part - mean of total) of the classes in both, the rows that two groups' scatter lacks of their union's."""
     at = torch.nonzero((counts > 0) & (more > 0))[:, 0]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ufm import metrics
 from ufm.bridge.classifier import linear_layers, product, scaled, weight
-from ufm.bridge.moments import CPU, Asked, Batch, Moments, Seen, gathered
+from ufm.bridge.moments import CPU, Asked, Batch, Moments, Seen, gathered, pooled
 from ufm.bridge.readings import Centre, Report, View, read
 from ufm.frames import Targets
 
@@ -179,7 +179,7 @@ class Monitor:
         with _apart(output):
             x = output.detach()
             if x.ndim == 4 and self._pool:
-                x = x.mean(dim=(2, 3), dtype=torch.float64)
+                x = pooled(x)
             self._add(name, x.reshape(len(x), -1), batch)
 
     def _input(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
