@@ -581,6 +581,19 @@ def test_report_clears() -> None:
     assert rows[0] == pytest.approx(rows[1], rel=0, abs=0, nan_ok=True)
 
 
+def test_a_report_stands_when_the_network_moves_on() -> None:
+    """In double precision too, where its arrays could be the parameters themselves."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
+    monitor = Monitor(model, ["0"], head="1", classes=2, measure="full", keep="all")
+    report = monitor.measure([(torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 2)])
+    before = {(layer.name, name): a.copy() for layer in report.layers.values() for name, a in layer.arrays.items()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 1.0
+    assert ("1", "classifier") in before
+    assert all(np.array_equal(report[layer].arrays[name], a, equal_nan=True) for (layer, name), a in before.items())
+
+
 def test_labels_of_any_kind() -> None:
     """Lists, numpy arrays and small integers."""
     monitor, x, y = watched()

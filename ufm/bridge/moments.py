@@ -175,7 +175,7 @@ def gathered(mine: Seen, place: torch.device) -> Seen:
 def pooled(x: Tensor) -> Tensor:
     """Means over the pixels of (n, C, H, W), (n, C) in float64."""
     few = max(1, BLOCK // x[0].numel()) if x.device.type == "cpu" else len(x)
-    return torch.cat([part.mean(dim=(2, 3), dtype=torch.float64) for part in x.split(few)])
+    return torch.cat([part.mean(dim=(2, 3), dtype=torch.float64) for part in torch.split(x, few)])
 
 
 def _between(total: Tensor, counts: Tensor, part: Tensor, more: Tensor) -> Tensor:

@@ -250,7 +250,7 @@ def read(name: str, view: View) -> Layer:
     found = [name for name, value in numbers.items() if value is not None]
     flat = torch.stack([numbers[name][0].to(torch.float64) for name in found]).tolist()
     values = dict.fromkeys(numbers, nan) | dict(zip(found, flat, strict=True))
-    kept = {name: to_numpy(value[0]) for name, value in arrays.items() if value is not None}
+    kept = {name: to_numpy(value[0]).copy() for name, value in arrays.items() if value is not None}  # some are the network's own memory
     return Layer(name, int(view.means.shape[1]), values, kept, reasons | more)
 
 
