@@ -16,7 +16,7 @@ Row = dict[str, Any]
 STUDY = "network_low_rank"
 COLUMNS = (
     *("panel", "activation", "penalty", "depth", "lam", "dataset", "K", "n", "width", "rate", "epochs", "settled_below"),
-    *("lam_t", "objective", "loss", "ranks", "gradient", "ratio", "below", "rank", "narrowest", "order", "logits", "spectra"),
+    *("lam_t", "objective", "loss", "ranks", "gradient", "drift", "ratio", "below", "rank", "narrowest", "order", "logits", "spectra"),
     *("weight_spectra", "dnc", "dnc_loss", "test_accuracy", "path_lam_t", "paths", "end_ratios", "end_ranks", "end_narrowest", "settled"),
     *("names", "levels", "minima_values", "minima_ranks"),
 )
@@ -66,14 +66,17 @@ def brief(setting: Row) -> str:
 
 
 def settled(row: Row) -> bool:
-    """Whether a network's training came to rest."""
-    return bool(row["gradient"] <= row["settled_below"])
+    """Whether a network's objective has stopped falling; gradients do not vanish at kinks of the ReLU, nor under the noise of batches."""
+    return bool(row["drift"] <= row["settled_below"])
 
 
 def rest_told(own: Sequence[Row]) -> str:
     """How many runs came to rest, in words."""
-    many, largest = sum(map(settled, own)), max(row["gradient"] for row in own)
-    return f"At rest (scale-free gradient norm up to {own[0]['settled_below']:g}): {many} of {len(own)} networks; largest {largest:.2g}."
+    many, most = sum(map(settled, own)), max(row["gradient"] for row in own)
+    return (
+        f"At rest (objective fell by at most {100 * own[0]['settled_below']:g} % over the last tenth of training): {many} of {len(own)} "
+        f"networks; largest scale-free gradient norm {most:.2g}, of batch noise and, under ReLU, kinks."
+    )
 
 
 def known_levels(table: sweep.Table, setting: Row) -> dict[str, float]:

@@ -95,7 +95,8 @@ def told(row: Row) -> str:
         f"L-BFGS from there {row['basin_value']:.5g}\n"
         f"rank of the logits {row['rank']} (gap {row['rank_gap']:.3g}), least over the layers {row['narrowest']}; end: {row['name']}, "
         f"L-BFGS: {row['basin']}\n"
-        f"scale-free gradient {row['gradient']:.1e}, NC1 {row['nc1']:.1e}, test accuracy {row['test_accuracy']:.3f}, {row['stop']}"
+        f"fall over the last tenth {row['drift']:.1e}, scale-free gradient {row['gradient']:.1e}, NC1 {row['nc1']:.1e}, test accuracy "
+        f"{row['test_accuracy']:.3f}, {row['stop']}"
     )
 
 

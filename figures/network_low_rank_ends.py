@@ -61,11 +61,6 @@ def over_depth(table: sweep.Table, depths: Sequence[int], what: str) -> plots.Cu
     """Values over DNC's, or ranks of the logits, over the depth of linear heads."""
     kind: Row = {"activation": "linear", "penalty": "features"}
     curves = []
-    predictions = {row["depth"]: lowest(row) for row in rows_of(table, panel="predicted", **kind)}
-    if predictions:
-        y = [predictions[L][what] for L in sorted(predictions)]
-        label, colour, dash = LEVELS["best"]
-        curves.append(plots.Curve(sorted(predictions), y, y, y, label, colour, "", dash=dash))
     for start, (label, colour) in STARTS.items():
         found = {row["depth"]: row for row in rows_of(table, panel="simulated", start=start, **kind)}
         values = {L: np.asarray(row["end_ratios" if what == "ratio" else "end_ranks"], dtype=np.float64) for L, row in found.items()}
@@ -74,6 +69,11 @@ def over_depth(table: sweep.Table, depths: Sequence[int], what: str) -> plots.Cu
     rows = {L: rows_of(table, panel="trained", depth=L, **kind) for L in depths}
     values = {L: np.array([row[what] for row in own], dtype=np.float64) for L, own in rows.items()}
     curves += spread(values, {L: all(map(settled, own)) for L, own in rows.items()}, "networks", NETWORKS, "o")
+    predictions = {row["depth"]: lowest(row) for row in rows_of(table, panel="predicted", **kind)}
+    if predictions:
+        y = [predictions[L][what] for L in sorted(predictions)]
+        label, colour, dash = LEVELS["best"]
+        curves.append(plots.Curve(sorted(predictions), y, y, y, label, colour, "", dash=dash))
     top = max(float(curve.high.max()) for curve in curves)
     low = min(float(curve.low.min()) for curve in curves)
     limits = (low - 0.05 * (top - low) - 0.02, top + 0.08 * (top - low) + 0.02)
@@ -149,5 +149,5 @@ def weights_left(table: sweep.Table, setting: Row) -> plots.Curves:
         y, low, high = (of(s, axis=0) for of in (np.median, np.min, np.max))
         curves.append(plots.Curve(np.arange(1, s.shape[1] + 1), y, low, high, f"$W_{layer + 1}$", colour, "", None, hover))
     least = min(float(curve.low.min()) for curve in curves)
-    labels = ("index", "singular value, over the largest")
+    labels = ("index", "over the largest")
     return plots.Curves(curves, title=f"{title(setting)}: weights", labels=labels, log=(True, True), limits=(0.5 * least, 2.0))

@@ -99,7 +99,7 @@ def trained(point: dict[str, Any]) -> dict[str, Any]:
     data = data_of(point).to(device, dtype)
     model = network_of(point, data.inputs).to(device, dtype)
     monitor = Monitor(model, head="head", classes=point["K"], measure="full", targets=frames.imbalanced_targets(n, theory.margins[0]))
-    begun = {name: x.copy() for name, x in monitor.measure(passes(data))["head"].arrays.items()}  # W is the network's own memory
+    begun = monitor.measure(passes(data))["head"].arrays
     history = train(
         model,
         data,

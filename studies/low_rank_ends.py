@@ -16,7 +16,7 @@ from ufm import sweep
 from ufm.arrays import to_numpy
 from ufm.landscape.classify import class_logits
 from ufm.landscape.structures import structures
-from ufm.objective import objective
+from ufm.objective import objective as objective_of
 from ufm.theory import deep, deep_points
 
 Floats = NDArray[np.float64]
@@ -58,10 +58,11 @@ def of_history(point: dict[str, Any], history: Any) -> dict[str, Any]:
         found = np.asarray(values, dtype=np.float64)
         return np.concatenate([found, np.full(len(epochs) - len(found), np.nan)])
 
-    spectrum = history.metrics["means_spectrum@"]
+    spectrum, objective = history.metrics["means_spectrum@"], padded(history.objective)
     return {
         "lam_t": point["lam"] * duration(point) * epochs / point["epochs"],
-        "objective": padded(history.objective),
+        "objective": objective,
+        "drift": float(objective[int(0.9 * (len(objective) - 1))] / objective[-1] - 1),
         "loss": padded(history.loss),
         "gradient_norm": padded(history.gradient_norm),
         "ranks": padded(np.sum(spectrum > RANK * spectrum[:, :1], axis=1)),
@@ -204,7 +205,7 @@ def ending(point: dict[str, Any], problem: ufm.Problem, factors: Sequence[Floats
         "name": str(here.name[0]),
         "kind": str(here.kind[0]),
         "reason": str(here.reason[0]),
-        "means_value": float(objective(problem).value([f[None] for f in factors])[0]),
+        "means_value": float(objective_of(problem).value([f[None] for f in factors])[0]),
         "basin": str(there.name[0]),
         "basin_rank": int(there.rank[0]),
         "basin_value": float(there.value[0]),
@@ -213,14 +214,18 @@ def ending(point: dict[str, Any], problem: ufm.Problem, factors: Sequence[Floats
 
 
 def of_paths(point: dict[str, Any], problem: ufm.Problem, path: ufm.records.Trajectory) -> dict[str, Any]:
-    """The values of simulated runs over lambda t, and what their ends are, under ReLU after L-BFGS; spectra and logits of the first."""
+    """The values of simulated runs over lambda t, and what their ends are; spectra and logits of the first.
+
+    Under ReLU after L-BFGS, and settled where its second half hardly changes the value.
+    """
     linear, runs, dnc = point["activation"] == "linear", point["runs"], levels(problem)["DNC"]
     factors: Sequence[Any] = [to_numpy(f) for f in path.factors]
-    stops = path.stop
-    if not linear:
-        start = ufm.starts.given(factors)
-        found = ufm.solve(problem, runs=runs, method="lbfgs", start=start, tol=1e-9, max_steps=point["polish"], device=point["device"])
-        factors, stops = [to_numpy(f) for f in found.factors], found.stop
+    settled = np.array([stop.stationary for stop in path.stop])
+    for last in () if linear else (False, True):
+        start, steps = ufm.starts.given(factors), point["polish"] // 2
+        found = ufm.solve(problem, runs=runs, method="lbfgs", start=start, tol=1e-9, max_steps=steps, device=point["device"])
+        settled = last & (objective_of(problem).value(factors) / found.value - 1 <= point["settled_below"])
+        factors = [to_numpy(f) for f in found.factors]
     kinds = ufm.classify(problem, factors, polish=linear, inertia=linear)
     times = np.geomspace(point["rate"], duration(point), TIMES)
     below = int(np.sum(kinds.value < dnc))
@@ -242,7 +247,7 @@ def of_paths(point: dict[str, Any], problem: ufm.Problem, path: ufm.records.Traj
         "end_ratios": kinds.value / dnc,
         "end_gradients": kinds.gradient_norm,
         "end_minima": kinds.is_minimum,
-        "settled": np.array([stop.stationary for stop in stops]),
+        "settled": settled,
         "below_count": below,
         "below_low": float(low),
         "below_high": float(high),

@@ -36,7 +36,7 @@ Floats = NDArray[np.float64]
 
 RATE = 0.05  # of the papers
 LAM, DECAY = 5e-3, 1e-2
-SETTLED = 5e-2  # scale-free gradient norm of a network that is taken to have ended
+SETTLED = 5e-3  # relative fall of the objective over the last tenth of a training that is taken to have ended
 SLOW_FLOW = 5  # samples of a class in simulated ReLU chains, where class means are not exact
 LEVELS = 8  # room for the closed forms of a setting
 STEP = 0.1  # of descent in simulated ReLU chains
@@ -79,7 +79,7 @@ class Size:
 
 SIZES = {
     "full": Size(),
-    "quick": Size(linear=(3, 1), seeds=3, epochs=800),
+    "quick": Size(linear=(3, 1), seeds=2, epochs=1600),
     "smoke": Size(linear=(3,), seeds=2, epochs=12, samples=10, width=16, hidden=16, searches=1, polish=30, records=4),
 }
 PICTURES = Size(linear=(3,), epochs=2000, samples=5000)  # the papers' head, and their number of samples
@@ -284,9 +284,9 @@ def networks_told(own: sweep.Table) -> str:
     low, high = sweep.wilson(below, runs)
     return (
         f"{below} of {runs} networks below DNC ({float(low):.2f} to {float(high):.2f}), value over DNC's {span(own['ratio'])}; rank of the "
-        f"logits {counted(own['rank'])}, of the features {counted(own['feature_rank'])}; ends: {counted(own['name'])}; L-BFGS from there: "
-        f"{counted(own['basin'])}; scale-free gradient {span(own['gradient'])}, NC1 {span(own['nc1'])}; "
-        f"test accuracy {span(own['test_accuracy'])}"
+        f"logits {counted(own['rank'])}, least of all layers {counted(own['narrowest'])}; ends: {counted(own['name'])}; L-BFGS from there: "
+        f"{counted(own['basin'])}; fall of the objective over the last tenth {span(own['drift'])}, scale-free gradient "
+        f"{span(own['gradient'])}, NC1 {span(own['nc1'])}; test accuracy {span(own['test_accuracy'])}"
     )
 
 

@@ -37,7 +37,7 @@ ONLY = {
     "plots": ("arrays", "records", "sweep"),  # knows nothing of solvers
     "figures": ("plots", "counts", "records", "sweep"),  # draw stored rows and compute nothing again
 }
-READERS_OF_THEORY = ("landscape", "bridge", "__init__", "studies")
+READERS_OF_THEORY = ("landscape", "__init__", "studies")
 
 HEAVY = ("scipy", "matplotlib", "plotly", "pymanopt", "autograd", "torch", "sklearn", "distributed", "xarray", "loky", "tyro", "tqdm")
 

@@ -288,7 +288,7 @@ def test_what_did_not_come_to_rest_is_marked(table: sweep.Table) -> None:
     assert linear.unsettled.tolist() == [0, 0, 0, 2]
     at_rest = sweep.Table(
         table.points,
-        [row | ({"gradient": 1e-3} if p["panel"] == "trained" else {}) for p, row in zip(table.points, table.results, strict=True)],
+        [row | ({"drift": 1e-3} if p["panel"] == "trained" else {}) for p, row in zip(table.points, table.results, strict=True)],
         table.errors,
         "x",
     )

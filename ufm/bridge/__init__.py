@@ -2,7 +2,7 @@
 
     reading = bridge.ufm_problem(counts, width=..., ...)    the Problem whose prediction applies to a training run, with what it assumes
     bridge.penalty(problem, weights, features)              exactly that problem's regularisation, for the training loss
-    monitor = bridge.Monitor(model, head="fc", classes=10)  every metric of ufm.metrics, layer by layer, in one pass over batches
+    monitor = bridge.Monitor(model, head="fc", classes=10)  the metrics of ufm.metrics, layer by layer, in one pass
     bridge.train(model, data, training)                     a short loop with exact resume                               -> History
 
 Torch's tensors have samples in rows, `ufm` in columns; the rooms here turn them.
