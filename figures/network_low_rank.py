@@ -129,7 +129,7 @@ def spectrum(row: Row) -> plots.Matrix:
     return plots.Matrix(
         values=values,
         title="singular values",
-        labels=("index", "class means; weights"),
+        labels=("index", "layer"),
         colours="log",
         limits=(LEAST, 1.0),
         names=([str(i + 1) for i in range(most)], [*layers, *(f"$W_{i}$" for i in range(1, L + 1))]),

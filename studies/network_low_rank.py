@@ -79,7 +79,7 @@ class Size:
 
 SIZES = {
     "full": Size(),
-    "quick": Size(linear=(3, 1), seeds=2, epochs=1600),
+    "quick": Size(linear=(3, 1), seeds=2, epochs=1200),
     "smoke": Size(linear=(3,), seeds=2, epochs=12, samples=10, width=16, hidden=16, searches=1, polish=30, records=4),
 }
 PICTURES = Size(linear=(3,), epochs=2000, samples=5000)  # the papers' head, and their number of samples
