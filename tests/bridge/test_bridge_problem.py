@@ -10,15 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
-from torch.nn.functional import normalize
 
 import catalog
 import ufm
-from ufm.bridge.problem import Reading, penalty, ufm_problem
 from ufm.objective import objective
 from ufm.problem import PAPERS
+
+torch = pytest.importorskip("torch")
+from torch import nn  # noqa: E402
+from torch.nn.functional import normalize  # noqa: E402
+
+from ufm.bridge.problem import Reading, penalty, ufm_problem  # noqa: E402
 
 Tensor = torch.Tensor
 
@@ -585,6 +587,7 @@ ASSUMED: list[tuple[dict[str, Any], str, bool | None]] = [
     ({"width": 2}, "The width d = 2 is at least 2", True),
     ({"width": 2, "features": "relu"}, "The width d = 2 is at least 3", False),
     ({"width": 1}, "The width d = 1 is at least 2", False),
+    ({"width": 2, "depth": 2, "activation": "relu"}, "The width d = 2 is at least 3", False),
     ({"features": "relu"}, "ends in a ReLU", None),
     ({}, "may have any sign", None),
     ({}, "BatchNorm", None),
@@ -615,11 +618,48 @@ def test_assumptions(settings: dict[str, Any], says: str, holds: bool | None) ->
     assert all(a.sentence.endswith(".") for a in reading.assumptions)
 
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "cross-entropy": {},
+    "smoothed, a bias": {"loss": nn.CrossEntropyLoss(label_smoothing=0.1), "bias": "free", "bias_penalty": 0.1},
+    "focal": {"loss": ufm.Focal(2.0)},
+    "MSE": {"loss": nn.MSELoss(reduction="sum"), "batch": 1},
+    "MSE, free bias": {"loss": nn.MSELoss(), "bias": "free"},
+    "MSE, free bias, deep": {"loss": nn.MSELoss(), "bias": "free", "depth": 2},
+    "MSE, penalised bias": {"loss": nn.MSELoss(), "bias": "free", "bias_penalty": 0.5},
+}
+
+
+@pytest.mark.parametrize("counts", [[4, 4, 4], [9, 3, 2]], ids=str)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_width_asked_for_is_the_least_without_loss(name: str, counts: list[int]) -> None:
+    """At the width that the sentence names the least F is that of width K + 2, and one less costs more."""
+    settings = {"features": "free", "weight_penalty": 5e-3, "feature_penalty": 1e-3} | SETTINGS[name]
+
+    def least(width: int) -> float:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            problem = ufm_problem(counts, width=width, **settings).problem
+        return float(ufm.solve(problem, runs=2, seed=1).value.min())
+
+    text = str(ufm_problem(counts, width=5, **settings))
+    enough = next(d for d in (1, 2, 3) if f"The width d = 5 is at least {d}, as the optimum needs." in text)
+    best = least(5)
+    assert least(enough) == pytest.approx(best, rel=1e-6)
+    assert least(enough - 1) > 1.001 * best
+
+
 def test_what_does_not_apply_is_not_said() -> None:
     """Full batches, no decay, free features: nothing about batches, optimisers, class weights or ReLUs."""
     text = str(ufm_problem(COUNTS, **GIVEN))
     for word in ("batches", "Adam", "CrossEntropyLoss", "ends in a ReLU", "body's", "left out", "each, copies"):
         assert word not in text, word
+
+
+class Tempered(nn.CrossEntropyLoss):
+    """Not what its class says."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return super().forward(input / 2, target)
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -639,6 +679,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"bias_penalty": 0.1}, "ufm_problem: bias_penalty is 0.1, but bias='none'"),
     ({"loss": "CE"}, "ufm_problem: loss is 'CE'"),
     ({"loss": nn.NLLLoss()}, "ufm_problem: loss is NLLLoss()"),
+    ({"loss": Tempered()}, "ufm_problem: loss is Tempered(), but must be nn.CrossEntropyLoss or nn.MSELoss themselves"),
+    ({"loss": nn.CrossEntropyLoss(ignore_index=0)}, "ufm_problem: nn.CrossEntropyLoss has ignore_index=0"),
+    ({"loss": nn.CrossEntropyLoss(ignore_index=2)}, "ufm_problem: nn.CrossEntropyLoss has ignore_index=2"),
     ({"loss": nn.CrossEntropyLoss(reduction="none")}, "ufm_problem: loss is CrossEntropyLoss()"),
     ({"loss": nn.CrossEntropyLoss(weight=OMEGA, label_smoothing=0.1)}, "ufm_problem: nn.CrossEntropyLoss has weight and label_smoothing"),
     ({"loss": nn.CrossEntropyLoss(weight=OMEGA[:2])}, "ufm_problem: nn.CrossEntropyLoss has weight of shape (2,)"),
@@ -657,6 +700,11 @@ def test_bad_input_of_ufm_problem(settings: dict[str, Any], says: str) -> None:
         ufm_problem(given.pop("counts"), **given)
     assert str(caught.value).startswith(says)
     assert "\n" not in str(caught.value)
+
+
+def test_an_index_that_is_no_class_is_no_matter() -> None:
+    for index in (3, -100):
+        assert ufm_problem(COUNTS, **GIVEN, loss=nn.CrossEntropyLoss(ignore_index=index)).problem.loss.name == "CE"
 
 
 def test_predictions_come_from_it() -> None:

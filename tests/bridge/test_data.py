@@ -323,6 +323,14 @@ def made(**changed: Any) -> data.Data:
         (lambda: data.subsample(made(), [2, 1, 1]), r"counts is \[2, 1, 1\], but each of the 2 classes"),
         (lambda: data.subsample(made(), [2, 0]), r"counts is \[2, 0\]"),
         (lambda: data.subsample(made(), [1.5, 1]), r"counts is \[1.5, 1\]"),  # type: ignore[list-item]
+        (lambda: data.subsample(made(), [float("nan"), 1]), r"counts is \[nan, 1\], but each of the 2 classes needs a whole number"),  # type: ignore[list-item]
+        (lambda: data.subsample(made(), [float("inf"), 1]), r"counts is \[inf, 1\]"),  # type: ignore[list-item]
+        (lambda: data.subsample(made(), "11"), "counts is '11'"),  # type: ignore[arg-type]
+        (lambda: data.clusters(3), "counts is 3, but each class needs a whole number of at least 1; give a list of them"),  # type: ignore[arg-type]
+        (lambda: data.clusters([[3, 3]]), r"counts is \[\[3, 3\]\], but each class"),  # type: ignore[list-item]
+        (lambda: data.clusters(np.ones((2, 2), dtype=int)), r"counts is \[\[1, 1\], \[1, 1\]\]"),
+        (lambda: made().to("meta"), "device 'meta' is none to train on; use 'cpu' or 'cuda'$"),
+        (lambda: made().to("gpu"), "device 'gpu' is none to train on; use 'cpu' or 'cuda'$"),
         (lambda: data.clusters([]), r"counts is \[\]"),
         (lambda: data.clusters([3, 0]), r"counts is \[3, 0\]"),
         (lambda: data.clusters([3, 2], noise=-1.0), "noise -1.0"),

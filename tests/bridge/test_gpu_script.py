@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch.overrides import TorchFunctionMode
 
 from ufm import rules, starts
 from ufm.headed import coordinates
 from ufm.problem import Problem
+
+torch = pytest.importorskip("torch")
+from torch.overrides import TorchFunctionMode  # noqa: E402
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from math import isnan
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import nn  # noqa: E402
 
 from ufm import frames, metrics  # noqa: E402
 from ufm.bridge import models  # noqa: E402
-from ufm.bridge.heads import FixedETFHead  # noqa: E402
+from ufm.bridge.heads import FixedETFHead, NearestETFHead  # noqa: E402
 from ufm.bridge.lightning import lightning_callback  # noqa: E402
 from ufm.bridge.moments import Asked, Batch, Moments  # noqa: E402
 from ufm.bridge.monitor import Monitor  # noqa: E402
@@ -451,6 +451,154 @@ def test_head_with_a_radius(radius: float | None) -> None:
     expect(report, "head", {m: (LAYER | LAST)[m] for m in names}, Collected(H, y.numpy(), 3, W, b, seen["logits"]))
 
 
+class Cosine(nn.Linear):
+    """Logits are cosines."""
+
+    def forward(self, h: Any) -> Any:
+        return nn.functional.linear(nn.functional.normalize(h), nn.functional.normalize(self.weight), self.bias)
+
+
+class Transposed(nn.Module):
+    """h W with a weight of d x K."""
+
+    def __init__(self, d: int, K: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(d, K))
+
+    def forward(self, h: Any) -> Any:
+        return h @ self.weight
+
+
+class Shifted(nn.Module):
+    """W h + a vector of its own, called neither weight nor bias."""
+
+    def __init__(self, d: int, K: int) -> None:
+        super().__init__()
+        self.weight, self.shift = nn.Parameter(torch.randn(K, d)), nn.Parameter(torch.randn(K))
+
+    def forward(self, h: Any) -> Any:
+        return h @ self.weight.mT + self.shift
+
+
+CURVED: dict[str, Callable[[], Any]] = {
+    "cosine": lambda: Cosine(40, 5),
+    "transposed": lambda: Transposed(40, 5),
+    "transposed, square": lambda: nn.Sequential(nn.Linear(40, 5), Transposed(5, 5)),
+    "shifted": lambda: Shifted(40, 5),
+    "cosine, then linear": lambda: nn.Sequential(Cosine(40, 6), nn.Linear(6, 5)),
+}
+
+
+PRECISIONS = {  # of the model, and autocast's
+    "double": (torch.float64, None),
+    "single": (torch.float32, None),
+    "bfloat16": (torch.bfloat16, None),
+    "half": (torch.float16, None),
+    "autocast to bfloat16": (torch.float32, torch.bfloat16),
+    "autocast to half": (torch.float32, torch.float16),
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", CURVED)
+def test_a_head_that_is_not_linear_is_refused(name: str, precision: str) -> None:
+    """What has a weight but gives no W h + b: one sentence at the first batch, in any precision, and nothing is counted."""
+    dtype, cast = PRECISIONS[precision]
+    with models.seeded(0):
+        model, x = models.Network(models.mlp((4, 30, 40)), CURVED[name]()).to(dtype), torch.randn(12, 4).to(dtype)
+    monitor = Monitor(model, head="head", classes=5)
+    refused = pytest.raises(ValueError, match=r"with a weight .*, does not give W h \+ b")
+    with torch.autocast("cpu", cast, enabled=cast is not None), refused as caught, monitor.watch(torch.arange(12) % 5):
+        model(x)
+    assert "\n" not in str(caught.value)
+    assert hooks(model) == 0
+    assert not monitor._seen.labels
+
+
+STRAIGHT: dict[str, Callable[[], Any]] = {
+    "linear": lambda: nn.Linear(300, 20),
+    "normalised weight": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(300, 20)),
+    "nearest ETF": lambda: NearestETFHead(300, 20),
+    "fixed ETF": lambda: FixedETFHead(300, 20),
+    "fixed ETF, any norm": lambda: FixedETFHead(300, 20, radius=None),
+    "dropout in the chain": lambda: nn.Sequential(nn.Linear(300, 50), nn.Dropout(), nn.Linear(50, 20)),
+    "ReLU": lambda: nn.Sequential(nn.Linear(300, 50, bias=False), nn.ReLU(inplace=True), nn.Linear(50, 20)),
+}
+TAKEN = [(n, p) for n in STRAIGHT for p in PRECISIONS if "ETF" not in n or p not in ("bfloat16", "half")]  # which those heads refuse
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e2])
+@pytest.mark.parametrize(("name", "precision"), TAKEN)
+def test_a_linear_head_is_taken(name: str, precision: str, scale: float) -> None:
+    """Rounding is no curvature: in training mode, where ETF heads move, and in evaluation, at any scale of the features."""
+    dtype, cast = PRECISIONS[precision]
+    with models.seeded(0):
+        model, x = nn.Sequential(nn.Linear(20, 300, False), STRAIGHT[name]()).to(dtype), (scale * torch.randn(40, 20)).to(dtype)
+    y, monitor = torch.arange(40) % 20, Monitor(model, head="1", classes=20, keep="none")
+    for mode in (True, False):
+        model.train(mode)
+        for _ in range(2):
+            labelled = model[1].labelled(y) if "ETF" in name else nullcontext()
+            with torch.autocast("cpu", cast, enabled=cast is not None), labelled, monitor.watch(y):
+                model(x)
+        assert monitor.report().counts.sum() == 80
+
+
+def test_autocast_that_no_tensor_shows() -> None:
+    """Features, weight and logits are in single precision, but the product was not."""
+
+    class Single(nn.Linear):
+        def forward(self, h: Any) -> Any:
+            return super().forward(h).float()
+
+    with models.seeded(0):
+        model, x = nn.Sequential(Single(2, 200)), torch.randn(200, 2)
+    with torch.autocast("cpu", torch.bfloat16), (monitor := Monitor(model, head="0", classes=200)).watch(torch.arange(200)):
+        assert model(x).dtype == torch.float32
+    assert monitor.report()["0"].width == 2
+
+
+def test_logits_that_overflow_are_no_curvature() -> None:
+    model = nn.Sequential(nn.Linear(4, 3)).half()
+    nn.init.constant_(model[0].weight, 10.0)
+    monitor = Monitor(model, head="0", classes=3)
+    with monitor.watch([0, 1, 2]):
+        assert torch.isinf(model(torch.full((3, 4), 6e4, dtype=torch.float16))).all()
+    assert monitor.report()["0"].width == 4
+
+
+def test_linearity_is_checked_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its first batch: later ones do not wait for the device."""
+    monitor, x, y = watched()
+    seen: list[int] = []
+    monkeypatch.setattr("ufm.bridge.monitor.check", lambda name, layer, features, logits: seen.append(len(features)))
+    for _ in range(2):
+        for X, Y in zip(x.split((25, 10, 5)), y.split((25, 10, 5)), strict=True):
+            with monitor.watch(Y):
+                monitor.model(X)
+        monitor.report()
+    assert seen == [25, 25]
+
+
+def test_an_activation_used_twice_breaks_the_chain_twice() -> None:
+    """The classifier is what lies behind its last use."""
+    act = nn.ReLU()
+    model = nn.Sequential(nn.Linear(4, 6), nn.Sequential(nn.Linear(6, 5), act, nn.Linear(5, 5), act, nn.Linear(5, 3))).double()
+    monitor = Monitor(model, head="1", classes=3)
+    assert monitor.last == "1.4"
+    with monitor.watch(torch.arange(9) % 3):
+        logits = model(torch.randn(9, 4, dtype=torch.float64))
+    means = torch.stack([logits[k::3].mean(0) for k in range(3)], dim=1)
+    np.testing.assert_allclose(monitor.report()["1.4"].arrays["mean_logits"], float64(means), rtol=1e-12)
+
+
+class Doubled(nn.Sequential):
+    """A chain with a forward of its own."""
+
+    def forward(self, h: Any) -> Any:
+        return 2 * super().forward(h)
+
+
 @pytest.mark.parametrize("conv", ["flatten", "pool"])
 def test_pictures(conv: Any) -> None:
     """(n, C, H, W) as they are, or their means over pixels; in-place activations behind the layer do not touch what was seen."""
@@ -608,6 +756,14 @@ def test_labels_of_any_kind() -> None:
 TINY = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3))
 
 
+class Eighth(nn.Module):
+    """A weight of 8-bit integers, which wants a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(3, 4, dtype=torch.int8))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -619,6 +775,9 @@ TINY = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3))
         ({"layers": ["2"], "head": "2"}, "'2' is named twice"),
         ({"head": "1"}, "head '1' is a ReLU that does not end in a linear layer"),
         ({"head": ""}, None),
+        ({"head": "", "classes": np.int64(3)}, None),
+        ({"head": "", "model": Doubled(*TINY)}, "head '' is a Doubled that does not end in a linear layer"),
+        ({"head": "0", "model": nn.Sequential(Eighth())}, "head '0' is a Eighth that does not end in a linear layer"),
         ({"head": "2", "classes": 1}, "classes is 1"),
         ({"head": "2", "classes": 2.0}, "classes is 2.0"),
         ({"head": "2", "keep": "some"}, "keep is 'some'"),
@@ -631,12 +790,12 @@ TINY = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3))
     ],
 )
 def test_refused_at_the_door(options: Any, message: str | None) -> None:
-    options = {"classes": 3} | options
+    options = {"classes": 3, "model": TINY} | options
     if message is None:
-        assert Monitor(TINY, **options).names == ("", "2")
+        assert Monitor(**options).names == ("", "2")
     else:
         with pytest.raises(ValueError, match=message.replace("(", r"\(")):
-            Monitor(TINY, **options)
+            Monitor(**options)
 
 
 @pytest.mark.parametrize(
@@ -647,6 +806,9 @@ def test_refused_at_the_door(options: Any, message: str | None) -> None:
         ([0.0, 1.0, 2.0], "must be integers"),
         ([[0], [1], [2]], "must be integers"),
         ([], "must be integers"),
+        (None, "labels is None, but must be integers"),
+        (["a", "b", "c"], "labels is .*, but must be integers"),
+        ([[0, 1], [2]], "labels is .*, but must be integers"),
         ([True, False, True], "must be integers"),
         ([0, 1], "2 labels, but layer '0' has a batch of 3"),
     ],
@@ -693,6 +855,42 @@ def test_refused_features(kind: str, message: str) -> None:
     with pytest.raises((ValueError, RuntimeError), match=message), monitor.watch([0, 1, 2]):
         model(torch.ones(3, 3), kind)
     assert hooks(model) == 0
+
+
+def test_a_head_that_gives_no_tensor() -> None:
+    class Pair(nn.Linear):
+        def forward(self, h: Any) -> Any:
+            return super().forward(h), h
+
+    model = nn.Sequential(Pair(4, 3))
+    with pytest.raises(ValueError, match="layer '0' gives a tuple"), Monitor(model, head="0", classes=3).watch([0, 1, 2]):
+        model(torch.ones(3, 4))
+
+
+def test_a_module_of_two_names() -> None:
+    """Is found by either."""
+    model = nn.Module()
+    model.first = model.second = nn.Linear(4, 3)
+    for name in ("first", "second"):
+        monitor = Monitor(model, [name], classes=3)
+        with monitor.watch([0, 1, 2]):
+            model.first(torch.randn(3, 4))
+        assert monitor.report()[name].width == 3
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_a_compiled_model_that_skips_hooks(prefix: str) -> None:
+    """Compiled before the watch, run by either of its names: the sentence names the cause; the uncompiled one can be watched."""
+    model, x, y = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3)), torch.randn(6, 4), torch.arange(6) % 3
+    compiled: Any = torch.compile(model, backend="eager")
+    compiled(x)
+    monitor = Monitor(compiled if prefix else model, [f"{prefix}0"], head=f"{prefix}2", classes=3)
+    with pytest.raises(RuntimeError, match=rf"layer '{prefix}0'.* watch and run the uncompiled one"), monitor.watch(y):
+        compiled(x)
+    with monitor.watch(y):
+        model(x)
+    assert monitor.report().counts.sum() == 6
 
 
 def test_refused_in_use() -> None:

@@ -9,10 +9,11 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from ufm.arrays import FREE_SHARE, NoDevice, block_size
-from ufm.bridge.place import deterministic, device_record
+
+torch = pytest.importorskip("torch")
+from ufm.bridge.place import deterministic, device_record  # noqa: E402
 
 
 def switches() -> tuple[bool, ...]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import catalog
 import ufm
@@ -18,6 +17,8 @@ from ufm import heads, rules, starts
 from ufm.arrays import device_of, to_numpy
 from ufm.headed import coordinates
 from ufm.objective import chain_of
+
+torch = pytest.importorskip("torch")
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -14,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 nn = torch.nn
 
-from ufm import metrics  # noqa: E402
+from ufm import frames, metrics  # noqa: E402
 from ufm.arrays import NoDevice  # noqa: E402
 from ufm.bridge import data, models  # noqa: E402
 from ufm.bridge.heads import NearestETFHead  # noqa: E402
@@ -50,6 +50,24 @@ def residual() -> models.Network:
     with models.seeded(0):
         body = models.ResNet(1, 2, (1, 1), projected=False)
         return models.Network(body, nn.Linear(body.out_features, 2))
+
+
+def behind() -> models.Network:
+    """A guided head behind a layer of its own."""
+    with models.seeded(0):
+        return models.Network(models.mlp((6, 8, 5)), nn.Sequential(nn.Linear(5, 4), NearestETFHead(4, 3)))
+
+
+class Between(nn.Module):
+    """Logits W relu(bn(h)): of the features h that a penalty is given, not those that the head is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with models.seeded(0):
+            self.body, self.bn, self.head = models.mlp((6, 8, 5)), nn.BatchNorm1d(5), nn.Linear(5, 3)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.bn(self.body(inputs))))
 
 
 def decay(model: nn.Module, features: torch.Tensor, B: int) -> torch.Tensor:
@@ -113,9 +131,81 @@ def test_steps_are_their_formulas(optimiser: Any, schedule: Any, penalty: Any) -
     assert history.stop is Stop.STEPS
 
 
+@pytest.mark.parametrize("penalty", [None, decay])
+def test_the_model_itself_is_trained(penalty: Any) -> None:
+    """Losses, objectives, weights and running means are those of steps on model(x), whatever lies between body and head."""
+    training = Training(4, SGD(0.3), weight_decay=0.02, every=1, dtype=DOUBLE)
+    model, plain = Between(), Between().double()
+    history = train(model, DATA, training, penalty=penalty, progress=False)
+    x, y = DATA.to(dtype=DOUBLE).batch()
+    for epoch in range(4):
+        loss = nn.functional.cross_entropy(plain(x), y)
+        total = loss if penalty is None else loss + penalty(plain, plain.body(x), len(y))
+        squares = sum((p.detach() ** 2).sum() for p in plain.parameters())
+        assert history.loss[epoch] == pytest.approx(loss.item(), rel=1e-12)
+        assert history.objective[epoch] == pytest.approx((total + 0.01 * squares).item(), rel=1e-12)
+        slopes = torch.autograd.grad(total, list(plain.parameters()))
+        with torch.no_grad():
+            for p, slope in zip(plain.parameters(), slopes, strict=True):
+                p -= 0.3 * (slope + 0.02 * p)
+    for ours, theirs in zip(state(model), state(plain), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
+    assert not model.body._forward_hooks
+
+
+def test_labels_reach_heads_anywhere() -> None:
+    """A guided head inside a head trains as the same layers in a row do."""
+    training = Training(3, SGD(0.05, 0.9), batch=9, every=1)
+    parted, body, (layer, head) = behind(), behind().body, behind().head
+    row = nn.Sequential(body, layer, head)
+    assert equal(train(parted, DATA, training, progress=False), train(row, DATA, training, progress=False))
+    assert same(state(parted), state(row))
+
+
+def test_numbers_are_taken_as_constants() -> None:
+    """A loss or a penalty may be a Python number, of some batches or of all."""
+    training, ends = Training(3, SGD(0.1, 0.9), batch=7, weight_decay=0.01, every=1), []
+    for constant in (0.0, np.float64(0.0), torch.zeros(())):
+        model = network()
+        history = train(model, DATA, training, penalty=lambda m, f, B, constant=constant: constant, progress=False)
+        ends.append((history, state(model)))
+    assert equal(ends[0][0], ends[2][0])
+    assert equal(ends[1][0], ends[2][0])
+    assert same(ends[0][1], ends[2][1])
+    model = network()
+    history = train(model, DATA, training, loss=lambda logits, labels: 2, penalty=decay, progress=False)
+    np.testing.assert_allclose(history.loss, 2.0, rtol=1e-6)
+    assert history.objective[-1] < history.objective[0]
+    ends = []
+    for nothing in (lambda logits: 0.0, lambda logits: 0.0 * logits.sum()):
+        model = network()
+
+        def some(logits: torch.Tensor, labels: torch.Tensor, nothing: Any = nothing) -> Any:
+            return nn.functional.cross_entropy(logits, labels) if 0 in labels[:2] else nothing(logits)
+
+        ends.append((train(model, DATA, replace(training, batch=2), loss=some, progress=False), state(model)))
+    assert equal(ends[0][0], ends[1][0])
+    assert same(ends[0][1], ends[1][1])
+
+
+def test_weighted_losses_are_recorded_as_the_mean_of_their_batches() -> None:
+    """Of full batches the class-weighted mean; of mini-batches the mean of the batches' weighted means."""
+    weight = torch.tensor([0.2, 1.0, 3.0], dtype=DOUBLE)
+    x, y = DATA.to(dtype=DOUBLE).batch()
+    for batch in (None, 7):
+        model = network().double()
+        seen = objective(model, loss=nn.CrossEntropyLoss(weight=weight), batch=batch)
+        mean = 0.0
+        for index in seen.fixed.tensor_split(1 if batch is None else 4):
+            terms = nn.functional.cross_entropy(model(x[index]), y[index], reduction="none").detach()
+            mean += len(index) / 25 * float((weight[y[index]] * terms).sum() / weight[y[index]].sum())
+        assert seen.measured()["loss"] == pytest.approx(mean, rel=1e-12)
+
+
 def objective(model: nn.Module, penalty: Any = None, **changed: Any) -> Objective:
     options: dict[str, Any] = dict(batch=None, balanced=False, augment=False, weight_decay=0.0, seed=0)
-    return Objective(model.double(), DATA.to(dtype=DOUBLE), nn.functional.cross_entropy, penalty, **(options | changed))
+    loss = changed.pop("loss", nn.functional.cross_entropy)
+    return Objective(model.double(), DATA.to(dtype=DOUBLE), loss, penalty, **(options | changed))
 
 
 @pytest.mark.parametrize(("batch", "balanced"), [(None, False), (25, False), (7, False), (1, False), (25, True), (7, True), (1, True)])
@@ -124,7 +214,9 @@ def objective(model: nn.Module, penalty: Any = None, **changed: Any) -> Objectiv
 def test_what_is_measured(batch: int | None, balanced: bool, penalty: Any, wd: float) -> None:
     """Loss, objective and scale-free gradient norm are those of F written out at once, whatever the batch, samples weighted as drawn."""
     model = network()
-    found = objective(model, penalty, batch=batch, balanced=balanced, weight_decay=wd).measured()
+    seen = objective(model, penalty, batch=batch, balanced=balanced, weight_decay=wd)
+    with seen.listening():
+        found = seen.measured()
     x, y = DATA.to(dtype=DOUBLE).batch()
     weights = torch.tensor([1 / (3 * DATA.counts[k]) if balanced else 1 / 25 for k in y.tolist()], dtype=DOUBLE)
     features = model.body(x)
@@ -204,6 +296,8 @@ CASES: dict[str, tuple[Any, data.Data, Training, Any]] = {
         Training(4, Adam(0.01), batch=13, every=2),
         None,
     ),
+    "nearest ETF behind a layer": (behind, DATA, Training(4, SGD(0.05, 0.9), batch=9, every=2), lambda m, f, B: 1e-3 * (f**2).mean()),
+    "a layer between": (Between, DATA, Training(4, SGD(0.05, 0.9), batch=9, sampling="balanced", every=2), decay),
     "varied pictures, ResNet": (
         residual,
         PICTURES,
@@ -316,24 +410,96 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
     call(network(batch_norm=True), penalty=stronger, at=tmp_path / "two.pt")
     strength[0], model = 1.5, network(batch_norm=True)
     before = state(model)
-    with pytest.raises(ValueError, match=r"of another run \(objective .* before the first epoch there"):
+    with pytest.raises(ValueError, match=r"of another run \(penalty .* before the first epoch there"):
         call(model, penalty=stronger, at=tmp_path / "two.pt")
     assert same(state(model), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+def test_checkpoints_of_other_small_penalties_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Also where the penalty is a millionth of the loss and of the weight decay, or of the same value with another gradient."""
+    settings: dict[str, Any] = {"lam": 1e-7, "detached": False}
+
+    def small(model: nn.Module, features: torch.Tensor, B: int) -> torch.Tensor:
+        weights = model.head.weight.detach() if settings["detached"] else model.head.weight
+        return settings["lam"] / 2 * ((features**2).sum() / B + (weights**2).sum())
+
+    def call(at: str) -> History:
+        training = Training(2, SGD(0.1), batch=7, weight_decay=0.1, dtype=dtype)
+        return train(network(), DATA, training, penalty=small, checkpoint=tmp_path / at, progress=False)
+
+    history = call("small.pt")
+    assert equal(call("small.pt"), history)
+    settings["lam"] = 3e-7
+    with pytest.raises(ValueError, match=r"of another run \(penalty .* before the first epoch there"):
+        call("small.pt")
+    settings["lam"] = 0.1
+    history = call("large.pt")
+    settings["detached"] = True
+    with pytest.raises(ValueError, match=r"of another run \(gradient_norm .* before the first epoch there"):
+        call("large.pt")
+
+
+WATCHED: dict[str, tuple[dict[str, Any], str]] = {
+    "layers": (dict(layers=["body.1", "body.3"]), r"layers \['body.1'\] there, \['body.1', 'body.3'\] here"),
+    "head": (dict(head=None, penalties=None), r"head \['head'\] there, \[\] here"),
+    "classes": (dict(classes=4), "classes 3 there, 4 here"),
+    "measure": (dict(measure="full"), "measure and keep "),
+    "keep": (dict(keep="all"), "measure and keep "),
+    "conv": (dict(conv="pool"), "conv flatten there, pool here"),
+    "centre": (dict(centre="samples"), "centre classes there, samples here"),
+    "weights": (dict(weights="samples"), "weights classes there, samples here"),
+    "no targets": (dict(targets=None), r"targets \w+ there, None here"),
+    "targets": (dict(targets=frames.orthogonal_targets(3)), r"targets \w+ there, \w+ here"),
+    "penalties": (dict(penalties=(0.1, 0.3)), r"penalties \[0.1, 0.2\] there, \[0.1, 0.3\] here"),
+}
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a run with a monitor."""
+    path = tmp_path_factory.mktemp("watched") / "run.pt"
+    watch(path)
+    return path
+
+
+def watch(path: Path, **changed: Any) -> History:
+    model = network()
+    options = dict(layers=["body.1"], head="head", classes=3, targets=frames.etf_targets(3), penalties=(0.1, 0.2))
+    monitor = Monitor(model, **(options | changed))
+    return train(model, DATA, Training(2, SGD(0.1)), monitor=monitor, checkpoint=path, progress=False)
+
+
+@pytest.mark.parametrize("option", WATCHED)
+def test_checkpoints_of_other_monitors_are_refused(option: str, watched: Path) -> None:
+    changed, message = WATCHED[option]
+    with pytest.raises(ValueError, match=f"of another run \\(the monitor's {message}"):
+        watch(watched, **changed)
+
+
+def test_checkpoints_of_equal_monitors_are_taken(watched: Path) -> None:
+    """Options are compared by value."""
+    assert equal(watch(watched, penalties=[0.1, np.float64(0.2)]), watch(watched))
 
 
 def test_unreadable_checkpoints_are_refused(tmp_path: Path) -> None:
     """Also one that would run code when read."""
     path = tmp_path / "run.pt"
-    for content in (b"", b"not one", {"epoch": 3}, {"configuration": logging.getLogger("x")}):
+    for content in (b"", b"not one", {"epoch": 3}, {"configuration": 3}, {"configuration": logging.getLogger("x")}):
         if isinstance(content, bytes):
             path.write_bytes(content)
         else:
             torch.save(content, path)
-        with pytest.raises(ValueError, match=r"run\.pt is no readable checkpoint .* remove it, or give another path"):
+        before, message = (
+            path.read_bytes(),
+            r"run\.pt cannot be read as a checkpoint of ufm, and is left as it is; remove it, or give another",
+        )
+        with pytest.raises(ValueError, match=message):
             train(network(), DATA, Training(2, SGD(0.1)), checkpoint=path, progress=False)
+        assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("make", [network, guided])
+@pytest.mark.parametrize("make", [network, guided, behind])
 def test_divergence_is_a_reason_to_stop(make: Any, tmp_path: Path) -> None:
     """A rate far too long ends the run at the next record, which says so; what cannot be measured is NaN."""
     model = make()
@@ -437,10 +603,52 @@ class Unheaded(nn.Sequential):
     """A module without body and head."""
 
 
+class Doubled(models.Network):
+    """The body runs twice."""
+
+    def forward(self, inputs: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        return self.head(self.body(inputs) + self.body(inputs))
+
+
+class Pair(nn.Linear):
+    """Gives a tuple."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x), x
+
+
+class First(nn.Linear):
+    """Takes the first of a tuple."""
+
+    def forward(self, x: Any) -> torch.Tensor:
+        return super().forward(x[0])
+
+
+class Demanding(nn.Linear):
+    """Asks for labels that it cannot be given."""
+
+    needs_labels = True
+
+
+def tried(model: Any = None, training: Training | None = None, **options: Any) -> History:
+    return train(model or network(), DATA, training or Training(3, SGD(0.1)), progress=False, **options)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: Training(0, SGD(0.1)), "Training: epochs is 0, but must be a whole number of at least 1"),
+        (lambda: Training(None, SGD(0.1)), "Training: epochs is None, but must be a whole number of at least 1"),  # type: ignore[arg-type]
+        (lambda: Training(True, SGD(0.1)), "epochs is True"),
+        (lambda: Training(3.0, SGD(0.1)), "epochs is 3.0"),  # type: ignore[arg-type]
+        (lambda: Training(3, SGD(0.1), every=float("nan")), "every is nan"),  # type: ignore[arg-type]
+        (lambda: Training(3, SGD(0.1), batch=True), "batch is True"),
+        (lambda: Training(3, SGD(0.1), seed="a"), r"seed is 'a', but must be a whole number of at least 0 and below 2\^63"),  # type: ignore[arg-type]
+        (lambda: Training(3, SGD(0.1), seed=2**63), "seed is 9223372036854775808"),
+        (lambda: Training(3, SGD(0.1), milestones=0.5), "milestones is 0.5, but must be a tuple of shares"),  # type: ignore[arg-type]
+        (lambda: Training(3, SGD(0.1), milestones=("a",)), r"milestones is \('a',\)"),  # type: ignore[arg-type]
+        (lambda: Training(3, SGD(0.1), schedule=["step"]), r"schedule is \['step'\]"),  # type: ignore[arg-type]
+        (lambda: Training(3, SGD(0.1), tol=False), "tol is False"),
         (lambda: Training(3, SGD(0.1), every=0), "every is 0"),
         (lambda: Training(3, SGD(0.1), batch=0), "batch is 0"),
         (lambda: Training(3, "sgd"), r"optimiser is 'sgd', but there are SGD\(lr, ...\) and Adam\(lr, ...\)"),  # type: ignore[arg-type]
@@ -461,8 +669,25 @@ class Unheaded(nn.Sequential):
         (lambda: train(network().requires_grad_(False), DATA, Training(3, SGD(0.1))), "no parameter that asks for a gradient"),
         (
             lambda: train(Unheaded(*network().children()), DATA, Training(3, SGD(0.1)), penalty=decay),
-            "penalty needs features, but the model has no body and head",
+            "penalty needs features, the output of the model's body, but the model has no module `body`",
         ),
+        (lambda: tried(Doubled(models.mlp((6, 5)), nn.Linear(5, 3)), penalty=decay), "the model's body ran 2 times in one forward pass"),
+        (lambda: tried(models.Network(Pair(6, 5), First(5, 3)), penalty=decay), "the model's body gives a tuple for 25 samples"),
+        (
+            lambda: tried(models.Network(nn.Sequential(nn.Linear(6, 5), nn.Flatten(0)), nn.Unflatten(0, (25, 5))), penalty=decay),
+            r"the model's body gives a tensor of shape \(125,\) for 25 samples",
+        ),
+        (lambda: tried(models.Network(models.mlp((6, 5)), Pair(5, 3))), r"the model gives a tuple for 25 samples of 3 classes"),
+        (lambda: tried(models.Network(models.mlp((6, 5)), Demanding(5, 3))), "Demanding asks for labels .* but cannot be given them"),
+        (
+            lambda: tried(training=Training(3, SGD(0.1), batch=5, sampling="balanced"), loss=nn.CrossEntropyLoss(torch.ones(3))),
+            "loss has class weights, .* which sampling='balanced' needs; leave the weights out, or give sampling='plain'",
+        ),
+        (lambda: tried(loss=lambda z, y: 1.0), "neither loss nor penalty has a gradient"),
+        (lambda: tried(loss=lambda z, y: z.detach().mean(), penalty=lambda m, f, B: 0.0), "neither loss nor penalty has a gradient"),
+        (lambda: tried(loss=lambda z, y: None), "loss gives a NoneType, but must give one number"),
+        (lambda: tried(device="meta"), "device 'meta' is none to train on; use 'cpu' or 'cuda'$"),
+        (lambda: tried(device="gpu"), "device 'gpu' is none to train on; use 'cpu' or 'cuda'$"),
         (
             lambda: train(models.Network(models.mlp((6, 5)), nn.Linear(5, 4)), DATA, Training(3, SGD(0.1))),
             r"outputs of shape \(25, 4\) for 25 samples of 3 classes; its last layer must give \(B, 3\)",

@@ -9,7 +9,6 @@ from typing import Any
 import autograd.numpy as anp
 import numpy as np
 import pytest
-import torch
 from autograd import jacobian
 from numpy.typing import NDArray
 
@@ -202,9 +201,15 @@ def test_the_record_is_that_of_the_closed_form() -> None:
     assert alone.success.shape == ()
     again = nearest_etf(Y, seed=4, start=found.U)
     assert [run.iterations for run in again.runs] == [0] * 6
+
+
+def test_nearest_etf_of_single_precision_tensors() -> None:
+    """The record is of tensors of the same precision."""
+    torch = pytest.importorskip("torch")
+    Y = np.random.default_rng(2).standard_normal((2, 3, 8, 5))
     single = nearest_etf(torch.tensor(Y, dtype=torch.float32))
     assert single.U.dtype == single.W.dtype == single.s.dtype == torch.float32
-    assert np.abs(single.W.numpy() - expected.W).max() < 1e-5
+    assert np.abs(single.W.numpy() - etf.nearest(Y).W).max() < 1e-5
 
 
 @pytest.mark.parametrize(("d", "K", "m"), [(7, 5, 4), (7, 5, 2), (3, 5, 3), (2, 2, 2), (1, 3, 1), (40, 12, 12)])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ufm.bridge.data import Data
+from ufm.bridge.monitor import Monitor
 
 Record = dict[str, Any]
 
@@ -31,10 +32,11 @@ class Checkpoint:
             return None
         try:
             saved: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
-            there = saved["configuration"]
+            there = dict(saved["configuration"])
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"train: {self.path} is no readable checkpoint ({reason:.100}); remove it, or give another path") from error
+            raise ValueError(
+                f"train: {self.path} cannot be read as a checkpoint of ufm, and is left as it is; remove it, or give another path"
+            ) from error
         if there != self.configuration:
             names = dict.fromkeys([*self.configuration, *there])
             name = next(name for name in names if there.get(name) != self.configuration.get(name))
@@ -42,10 +44,13 @@ class Checkpoint:
         return saved
 
     def same_start(self, measured: dict[str, float], saved: dict[str, Any]) -> None:
-        """ValueError where the run begins at another objective: what the configuration cannot tell of losses and penalties."""
-        for name in ("loss", "objective"):
+        """ValueError where the run begins at another objective: what the configuration cannot tell of losses and penalties.
+
+        Rounding may differ: by 1e-4 of a value at most, 1e-3 of a gradient's norm, whose parts may cancel to 1e-6.
+        """
+        for name, relative, rounding in (("loss", 1e-4, 0.0), ("penalty", 1e-4, 0.0), ("gradient_norm", 1e-3, 1e-6)):
             here, there = measured[name], saved["records"][0][name]
-            if abs(here - there) > 1e-4 * abs(there):
+            if abs(here - there) > relative * abs(there) + rounding:
                 raise self._other(f"{name} {there:.6g} before the first epoch there, {here:.6g} here")
 
     def write(self, records: list[Record], model: nn.Module, optimiser: torch.optim.Optimizer, draws: torch.Generator) -> None:
@@ -85,14 +90,33 @@ class Checkpoint:
 
 
 def configuration(training: Any, model: nn.Module, data: Data, **functions: Any) -> dict[str, str]:
-    """What tells one run from another, name -> text: options, data, first weights and the names of functions."""
+    """What tells one run from another, name -> text: options, data, first weights, the names of functions, a monitor's options."""
     return (
         {f"Training.{f.name}": repr(getattr(training, f.name)) for f in fields(training)}
         | {"data": f"{data.name}, counts {data.counts}", "the data's content": _digest(_tensors(data))}
         | {"the model's layers": hashlib.sha256(str(model).encode()).hexdigest()[:16]}
         | {"the model's first weights": _digest(value for value in model.state_dict().values() if isinstance(value, Tensor))}
         | {name: _name(function) for name, function in functions.items()}
+        | _watching(functions.get("monitor"))
     )
+
+
+def _watching(monitor: Any) -> dict[str, str]:
+    """The options of a `Monitor`; none of anything else."""
+    if not isinstance(monitor, Monitor):
+        return {}
+    options = {
+        "layers": list(monitor._layers),
+        "head": list(monitor._linear),
+        "classes": monitor.classes,
+        "measure and keep": monitor._asked,
+        "conv": "pool" if monitor._pool else "flatten",
+        "centre": monitor._centre,
+        "weights": monitor._weights,
+        "targets": None if monitor._targets is None else _digest(torch.as_tensor(target) for target in monitor._targets),
+        "penalties": None if monitor._penalties is None else [float(lam) for lam in monitor._penalties],
+    }
+    return {f"the monitor's {name}": str(value) for name, value in options.items()}
 
 
 def _tensors(data: Data) -> list[Tensor]:

@@ -15,8 +15,9 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,12 @@ def device_named(device: str | torch.device) -> torch.device:
     """The torch device of that name; NoDevice where this machine has none."""
     if str(device) == "numpy":
         raise NoDevice("device 'numpy' trains no network; use 'cpu' or 'cuda'")
+    try:
+        known = torch.device(str(device)).type != "meta"  # which holds no numbers
+    except RuntimeError:
+        known = False
+    if not known:
+        raise NoDevice(f"device {str(device)!r} is none to train on; use 'cpu' or 'cuda'")
     return torch.device(place(np.zeros(1), str(device)).device)
 
 
@@ -157,7 +164,7 @@ def clusters(
     c_k ~ N(0, separation^2/(2 dimension) I), so that the root mean square distance of two centres is `separation`. Centres depend on the
     seed and the number of classes only, and a larger n_k adds samples to those of a smaller one.
     """
-    n = _counts("clusters", counts, len(counts))
+    n = _counts("clusters", counts)
     if dimension < 1 or not (math.isfinite(noise) and noise >= 0 and math.isfinite(separation) and separation >= 0) or test < 0:
         raise ValueError(
             f"data.clusters: dimension {dimension}, noise {noise}, separation {separation}, test {test}: "
@@ -257,10 +264,14 @@ def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def _counts(call: str, counts: Sequence[int] | NDArray[np.integer[Any]], classes: int) -> list[int]:
-    found = [int(n) for n in counts if n == int(n) and n >= 1]
-    if not classes or len(found) != classes or len(counts) != classes:
-        raise ValueError(f"data.{call}: counts is {list(counts)}, but each of the {classes} classes needs a whole number of at least 1")
+def _counts(call: str, counts: Any, classes: int | None = None) -> list[int]:
+    """n_k as ints, of as many classes as there are counts by default; ValueError for anything but a list of whole numbers."""
+    given = counts.tolist() if hasattr(counts, "tolist") else counts
+    listed = list(given) if isinstance(given, Iterable) else []
+    found = [int(float(n)) for n in listed if isinstance(n, Real) and float(n).is_integer() and float(n) >= 1]
+    if not found or len(found) != len(listed) or len(found) != (classes or len(listed)):
+        each = "each class" if classes is None else f"each of the {classes} classes"
+        raise ValueError(f"data.{call}: counts is {given!r}, but {each} needs a whole number of at least 1; give a list of them")
     return found
 
 

@@ -26,7 +26,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class Network(nn.Module):
-    """head(body(x)); labels, where given, go to a head that wants them in training (`NearestETFHead`)."""
+    """head(body(x)); labels, where given, go to the head, which must take them (as `NearestETFHead` does)."""
 
     def __init__(self, body: nn.Module, head: nn.Module) -> None:
         super().__init__()

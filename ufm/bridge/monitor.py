@@ -1,4 +1,4 @@
-"""Neural collapse in one's own network: hooks on named layers, moments batch by batch, every metric of `ufm.metrics` at the end.
+"""Neural collapse in one's own network: hooks on named layers, moments batch by batch, the metrics of `ufm.metrics` at the end.
 
 Three lines of a user's own loop:
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ufm import metrics
-from ufm.bridge.classifier import linear_layers, product, scaled, weight
+from ufm.bridge.classifier import check, linear_layers, product, scaled, weight
 from ufm.bridge.moments import CPU, Asked, Batch, Moments, Seen, gathered, pooled
 from ufm.bridge.readings import Centre, Report, View, read
 from ufm.frames import Targets
@@ -35,12 +35,13 @@ class Monitor:
 
     layers: names as in `model.named_modules()`. head: name of the classifier, an `nn.Linear`, a head of `ufm.bridge` (features are then its
     radius h/|h|), or a Sequential that ends in a linear layer: what enters its linear layers is watched under their names, the first under
-    the head's; those behind the last activation multiply to the classifier, and the last layer is what enters them.
-    measure: "traces" (means, variances, and of the last layer all but what needs a spectrum of samples) or "full" (scatter and spectrum
-    too), for all layers or {name: ...}, "traces" elsewhere. keep: the layers whose samples are kept, in their dtype. conv: (n, C, H, W)
-    flattened, or "pool", the mean over pixels. centre, weights: as in `ufm.metrics`. targets: Grams of `ufm.frames`. penalties
-    (lam_h, lam_1, ..., lam_L): for the balance of the head's L linear layers. distributed: reports are of what all processes of
-    torch.distributed have seen, equal on all; all must ask for them.
+    the head's; those behind the last activation multiply to the classifier, and the last layer is what enters them. That each gives
+    W h + b is checked on the first sample of a pass.
+    measure: "traces" (means, variances, and of the last layer all but what needs a spectrum of samples) or "full" (scatter, spectra and
+    ranks too), for all layers or {name: ...}, "traces" elsewhere. keep: the layers whose samples are kept, in their dtype. conv:
+    (n, C, H, W) flattened, or "pool", the mean over pixels. centre, weights: as in `ufm.metrics`. targets: Grams of `ufm.frames`.
+    penalties (lam_h, lam_1, ..., lam_L): for the balance of the head's L linear layers. distributed: reports are of what all processes
+    of torch.distributed have seen, equal on all; all must ask for them.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Monitor:
         penalties: Sequence[float] | None = None,
         distributed: bool = False,
     ) -> None:
-        if isinstance(classes, bool) or not isinstance(classes, int) or classes < 2:
+        if isinstance(classes, bool) or not isinstance(classes, (int, np.integer)) or classes < 2:
             raise ValueError(f"Monitor: classes is {classes!r}, but must be a whole number, at least 2")
         if isinstance(layers, str) or (not layers and head is None):
             raise ValueError(f"Monitor: layers is {layers!r} and head is {head!r}; give a list of layer names, or head=, or both")
@@ -68,8 +69,8 @@ class Monitor:
         _choice("conv", conv, ("flatten", "pool"))
         _choice("centre", centre, ("classes", "samples"))
         _choice("weights", weights, ("classes", "samples"))
-        modules = dict(model.named_modules())
-        self.model, self.classes, self.head = model, classes, None if head is None else _module(modules, head)
+        modules = dict(model.named_modules(remove_duplicate=False))
+        self.model, self.classes, self.head = model, int(classes), None if head is None else _module(modules, head)
         self._linear, self._tail = ({}, []) if self.head is None else linear_layers(str(head), self.head)
         self._layers = {name: _module(modules, name) for name in layers}
         self.last = self._tail[0] if self._tail else None
@@ -107,15 +108,21 @@ class Monitor:
             for name, module in self._layers.items():
                 hooks.enter_context(module.register_forward_hook(partial(self._output, name)))
             for name, module in self._linear.items():
-                hooks.enter_context(module.register_forward_pre_hook(partial(self._input, name), with_kwargs=True))
+                hooks.enter_context(module.register_forward_hook(partial(self._input, name), with_kwargs=True))
             if self.head is not None:
                 hooks.enter_context(self.head.register_forward_hook(self._logits))
             yield
             if silent := [name for name in self.names if name not in self._ran]:
-                raise RuntimeError(f"Monitor.watch: no forward pass came through layer {silent[0]!r}; run the model once inside the watch")
+                raise RuntimeError(
+                    f"Monitor.watch: no forward pass came through layer {silent[0]!r}; run the model once inside the watch, and if it was "
+                    "compiled, watch and run the uncompiled one: what torch.compile has made skips hooks that come later"
+                )
 
     def measure(self, batches: Iterable[Any]) -> Report:
-        """The report of one pass over (inputs, labels) in evaluation mode without gradients; each module's mode is as before afterwards."""
+        """The report of one pass over (inputs, labels) in evaluation mode without gradients; each module's mode is as before afterwards.
+
+        What was watched before is discarded, as by `reset()`.
+        """
         if self._batches is None:
             self.reset()
         modes = {module: module.training for module in self.model.modules()}
@@ -157,7 +164,10 @@ class Monitor:
         return Report(layers, counts.numpy().astype(np.int64), self.last)
 
     def _checked(self, labels: Any) -> Tensor:
-        y = labels.detach() if isinstance(labels, Tensor) else torch.as_tensor(np.array(labels))
+        try:
+            y = labels.detach() if isinstance(labels, Tensor) else torch.as_tensor(np.array(labels))
+        except (TypeError, ValueError):  # numpy's or torch's, of what is no array of numbers
+            raise ValueError(f"Monitor.watch: labels is {labels!r:.60}, but must be integers (n,), n >= 1") from None
         if y.ndim != 1 or not len(y) or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
             raise ValueError(f"Monitor.watch: labels have shape {tuple(y.shape)} and dtype {y.dtype}, but must be integers (n,), n >= 1")
         y = y.to("cpu", torch.int64)
@@ -182,11 +192,14 @@ class Monitor:
                 x = pooled(x)
             self._add(name, x.reshape(len(x), -1), batch)
 
-    def _input(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _input(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         features = (*args, *kwargs.values())[0]
         batch = self._batch(f"layer {name!r}", features)
         if features.ndim != 2:
             raise ValueError(f"Monitor.watch: features of shape {tuple(features.shape)} enter the head at {name!r}, but must be (n, d)")
+        self._batch(f"layer {name!r}", output)
+        if name not in self._seen.moments:
+            check(name, module, features.detach(), output.detach())
         with _apart(features):
             self._add(name, scaled(module, features.detach()), batch)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -58,7 +58,8 @@ class Training:
     schedule of the rate, by epoch e of E: "constant"; "cosine", (1 + cos(pi e/E))/2; "step", `factor` at each share of E in `milestones`.
     weight_decay: the optimiser's, of all parameters: (weight_decay/2)|theta|^2 in the objective. sampling: "plain", each sample once an
     epoch, in batches equal up to one sample; "balanced", N draws an epoch, first of a class, then of a sample. augment: vary pictures
-    (`Data.batch`). every: epochs between records; tol: stop at a record whose scale-free gradient norm is within it.
+    (`Data.batch`). every: epochs between records; tol: stop at a record whose scale-free gradient norm is within it. dtype: of data and
+    model, which `train` converts to it in place.
     """
 
     epochs: int
@@ -76,24 +77,23 @@ class Training:
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        for name, value in (("epochs", self.epochs), ("every", self.every), ("batch", 1 if self.batch is None else self.batch)):
-            if value != int(value) or value < 1:
-                raise ValueError(f"Training: {name} is {value!r}, but must be a whole number of at least 1")
+        for name, least in (("epochs", 1), ("every", 1), ("seed", 0), *([] if self.batch is None else [("batch", 1)])):
+            object.__setattr__(self, name, _whole(name, getattr(self, name), least))
         if not isinstance(self.optimiser, SGD | Adam):
             raise ValueError(f"Training: optimiser is {self.optimiser!r}, but there are SGD(lr, ...) and Adam(lr, ...)")
-        if self.schedule not in SCHEDULES:
+        if self.schedule not in list(SCHEDULES):
             raise ValueError(f"Training: schedule is {self.schedule!r}, but there are {', '.join(SCHEDULES)}")
         if self.sampling not in ("plain", "balanced"):
             raise ValueError(f"Training: sampling is {self.sampling!r}, but there are plain and balanced")
         if self.sampling == "balanced" and self.batch is None:
             raise ValueError("Training: sampling is 'balanced' on full batches, but those are never drawn; give batch=, or weight the loss")
-        if not all(0.0 < share < 1.0 for share in self.milestones):
-            raise ValueError(f"Training: milestones is {self.milestones}, but must be shares of the epochs, between 0 and 1")
+        if not isinstance(self.milestones, tuple | list) or not all(isinstance(at, Real) and 0.0 < at < 1.0 for at in self.milestones):
+            raise ValueError(f"Training: milestones is {self.milestones!r}, but must be a tuple of shares of the epochs, between 0 and 1")
         if self.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"Training: dtype is {self.dtype}, but must be torch.float32 or torch.float64")
         _within("Training", "factor", self.factor, 0.0, math.inf)
         _within("Training", "weight_decay", self.weight_decay, 0.0, math.inf)
-        _within("Training", "tol", self.tol or 0.0, 0.0, math.inf)
+        _within("Training", "tol", 0.0 if self.tol is None else self.tol, 0.0, math.inf)
 
     def rate(self, epoch: int) -> float:
         """The optimiser's lr during this epoch, counted from 0."""
@@ -105,6 +105,15 @@ SCHEDULES: dict[str, Callable[[Training, float], float]] = {
     "cosine": lambda training, share: (1.0 + math.cos(math.pi * share)) / 2.0,
     "step": lambda training, share: training.factor ** sum(share >= at - 1e-12 for at in training.milestones),
 }
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    """The value as an int; ValueError unless it is a whole number, at least `least` and below 2^63."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) < 2**63:
+        raise ValueError(
+            f"Training: {name} is {value!r}, but must be a whole number of at least {least}{' and below 2^63' * (name == 'seed')}"
+        )
+    return int(value)
 
 
 def _within(call: str, name: str, value: Any, low: float, high: float) -> None:

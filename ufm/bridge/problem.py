@@ -19,12 +19,14 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from ufm.heads import Head, Learned
-from ufm.losses import MSE, CrossEntropy, Loss
+from ufm.losses import MSE, CrossEntropy, Focal, Loss
 from ufm.objective import chain_of
 from ufm.problem import PAPERS, Penalties, Problem
 
 Floats = NDArray[np.float64]
 
+READ = (nn.CrossEntropyLoss, nn.MSELoss)  # torch's losses that have one of ufm; what a class made of them computes is its own
+SOFTMAX = (CrossEntropy.name, Focal.name)  # losses that a number added to all logits does not change
 FEATURE_SUMS = {"sum": "sum", "mean": "mean", "batch_sum": "minibatch_sum"}  # what a feature penalty runs over -> its row of PAPERS
 CHOICES = {
     "optimiser": ("SGD", "Adam", "AdamW"),
@@ -198,14 +200,19 @@ def _data_term(loss: nn.Module | Loss, counts: NDArray[np.int64], drawn: NDArray
     if isinstance(loss, Loss):
         shift = loss.per_class(counts)["logit_adjustment"] if isinstance(loss, CrossEntropy) else None
         return (loss if shift is None else replace(loss, logit_adjustment=shift[0])), 1.0, True
-    if not isinstance(loss, (nn.CrossEntropyLoss, nn.MSELoss)) or loss.reduction not in ("mean", "sum"):
+    if not isinstance(loss, READ) or type(loss) not in READ or loss.reduction not in ("mean", "sum"):
         raise TypeError(
-            f"ufm_problem: loss is {loss!r:.80}, but must be nn.CrossEntropyLoss or nn.MSELoss with reduction 'mean' or 'sum', called, "
-            "or a loss of ufm meant over samples: ufm.CrossEntropy(), ufm.MSE(), ufm.Focal(gamma), ..."
+            f"ufm_problem: loss is {loss!r:.80}, but must be nn.CrossEntropyLoss or nn.MSELoss themselves, with reduction 'mean' or 'sum', "
+            "called, or a loss of ufm meant over samples: ufm.CrossEntropy(), ufm.MSE(), ufm.Focal(gamma), ..."
         )
     mean, K, N = loss.reduction == "mean", len(drawn), int(drawn.sum())
     if isinstance(loss, nn.MSELoss):
         return MSE(), 2.0 / K if mean else 2.0 * batch, True
+    if 0 <= loss.ignore_index < K:
+        raise ValueError(
+            f"ufm_problem: nn.CrossEntropyLoss has ignore_index={loss.ignore_index}, which leaves one of the K = {K} classes out; give one "
+            "that is no class, as -100, its default"
+        )
     factor = 1.0 if mean else float(batch)
     if loss.weight is None:
         return CrossEntropy(label_smoothing=loss.label_smoothing), factor, True
@@ -254,7 +261,7 @@ class _Facts(NamedTuple):
 def _assumed(problem: Problem, facts: _Facts) -> list[tuple[bool, str, bool | None]]:
     """Of every assumption: whether it matters here, the sentence, whether it holds."""
     N, K, d, B = int(problem.samples[0]), problem.classes, problem.width, facts.batch
-    least = K - 1 if problem.features == "free" and problem.loss.name == "CE" else K
+    least = _least_width(problem)
     held = problem.radius is not None or problem.lam_h[0] > 0
     lam_h = f"lam_h = {problem.lam_h[0]:.3g}"
     ratio = facts.feature_ratio is not None
@@ -281,6 +288,13 @@ def _assumed(problem: Problem, facts: _Facts) -> list[tuple[bool, str, bool | No
         (not facts.exact, "The sum of class weights is the same in every batch, by which nn.CrossEntropyLoss divides.", False),
         (facts.sampling == "balanced", f"Classes are drawn equally often: the counts are {N // K} each, copies included.", True),
     ]
+
+
+def _least_width(problem: Problem) -> int:
+    """K, or K - 1 where an optimal W h has rank K - 1: by softmax or a free bias, with no ReLU to keep what W_L multiplies at least 0."""
+    signed = problem.features == "free" and (problem.depth == 1 or problem.activation == "linear")
+    free_bias = problem.loss.name == MSE.name and problem.lam_b is not None and problem.lam_b[0] == 0
+    return problem.classes - (signed and (problem.loss.name in SOFTMAX or bool(free_bias)))
 
 
 def _denied(fact: bool | None) -> bool | None:

@@ -76,8 +76,9 @@ def train(
 ) -> History:
     """Train `model` in place and say what was seen on the way; the same seed and first weights give the same run, bit for bit on a CPU.
 
-    loss(logits, labels): a batch's mean, by default of the cross-entropy in nats. penalty(model, features, B): added to it, `features`
-    the output of `model.body` for the B samples of the batch; its expectation over batches is minimised (see `penalty` of this package).
+    loss(logits, labels): the plain mean over a batch of one term a sample, by default the cross-entropy in nats; of a class-weighted mean
+    in mini-batches the record is the mean of the batches' weighted means. penalty(model, features, B): added to it, `features` the output
+    of `model.body` for the B samples of the batch; its expectation over batches is minimised (see `penalty` of this package).
     monitor: a `Monitor` of this model, run over the training set at each record. checkpoint: a file written at each record, from which the
     same call goes on after it was cut off. Networks narrower than 512 and without convolutions run on one thread.
     ValueError, NoDevice with one sentence for what cannot be trained; a loss that becomes NaN ends training, with Stop.DIVERGED.
@@ -99,7 +100,7 @@ def train(
         seed=training.seed,
     )
     bar = Progress(training.epochs, progress)
-    with threads_for(_width(model)), _own_randomness(placed):
+    with threads_for(_width(model)), _own_randomness(placed), objective.listening():
         torch.manual_seed(training.seed)
         try:
             return _trained(objective, training, monitor, store, bar)
@@ -136,8 +137,7 @@ def _trained(objective: Objective, training: Training, monitor: Monitor | None, 
         for inputs, labels in objective.batches(draws):
             for p in objective.parameters:
                 p.grad = None
-            value, extra = objective.terms(*objective.outputs(inputs, labels), labels)
-            (value if extra is None else value + extra).backward()  # type: ignore[no-untyped-call]
+            objective.total(inputs, labels).backward()  # type: ignore[no-untyped-call]
             optimiser.step()
         epoch += 1
         bar.add(1, records[-1]["objective"])
