@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 import ufm
 from figures.optima import confirmed, crossovers, flat
 from studies.command import Options as Common
-from studies.command import finish
+from studies.command import computed, finish
 from ufm import sweep
 from ufm.coordinates import balanced
 from ufm.solvers.fixed_rank import Found, Reduced, polish
@@ -60,11 +60,7 @@ def main(options: Options) -> int:
     """Compute what is missing, store, draw, and say on standard output what came out."""
     from figures import deep_optimum as figure
 
-    with options.workforce() as executor:
-        table = sweep.run(
-            deep_optimum, points(options), out=options.folder, same=SAME, block=1, executor=executor, retry_failed=options.retry_failed,
-            options=options.plain(), label="atlas and limit",
-        )  # fmt: skip
+    table = computed(deep_optimum, points(options), options, "atlas and limit", same=SAME)
     if table.failures:
         return finish(options.folder, {"rows": table}, {}, figure.draw_all)
     tables = {"cells": flat(table), "crossovers": crossovers(table), "margins": table.where(panel="margin")}

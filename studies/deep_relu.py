@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 import ufm
 from studies.command import Options as Common
-from studies.command import evenly, finish
+from studies.command import computed, evenly, finish
 from studies.relu_points import kinks, ranks, spectra, subgradient, within
 from ufm import sweep
 from ufm.arrays import to_numpy
@@ -74,9 +74,7 @@ def main(options: Options) -> int:
     """Compute what is missing, store, draw, and say on standard output what came out."""
     from figures import deep_relu as figure
 
-    common: dict[str, Any] = dict(out=options.folder, block=1, retry_failed=options.retry_failed, options=options.plain())
-    with options.workforce() as executor:
-        table = sweep.run(deep_relu_study, points(options), executor=executor, label="deep ReLU", **common)
+    table = computed(deep_relu_study, points(options), options, "deep ReLU")
     tables = {"rows_search": table.where(panel="search"), "rows_descent": table.pick(table["panel"] != "search")}
     return finish(options.folder, tables, {} if table.failures else summary(table), figure.draw)
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from studies.command import Options as Common
-from studies.command import computed, finish
+from studies.command import computed, finish, span
 from studies.etf_ablation_rows import GUARD, LAWS, MEASURE, SHOWN, WEIGHTS, followed
 from ufm import sweep
 from ufm.arrays import keep_freed_memory
@@ -265,12 +265,3 @@ def posing(rows: sweep.Table, i: int) -> str:
 def guard_of(rows: sweep.Table, i: int) -> str:
     """Whether row i has a gradient through W, and its guard."""
     return f"guard {rows['guard'][i]:g}" if "gradient" not in rows.names or rows.values("gradient")[i] is not False else "gradient off"
-
-
-def span(values: Floats) -> str:
-    """Median and range of what is known of some values, how many that is where some are not; or that none is."""
-    known = values[np.isfinite(values)]
-    if not known.size:
-        return "never"
-    few = f", {known.size} of {values.size}" if known.size < values.size else ""
-    return f"{np.median(known):.3g} ({known.min():.3g} to {known.max():.3g}{few})"

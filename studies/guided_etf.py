@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 import ufm
 from studies.command import Options as Common
-from studies.command import computed, evenly, finish
+from studies.command import computed, evenly, finish, span
 from ufm import metrics, sweep
 from ufm.arrays import keep_freed_memory, to_numpy
 from ufm.dynamics import Snapshot, iterate
@@ -272,12 +272,3 @@ def title(head: str, gradient: bool | None, solver: str | None) -> str:
     if head != "nearest":
         return {"standard": "standard", "fixed": "fixed ETF"}[head]
     return f"nearest ETF, gradient {'on' if gradient else 'off'}" + (", pymanopt" if solver == "pymanopt" else "")
-
-
-def span(values: Floats) -> str:
-    """Median and range of what is known of some values, or that some are not."""
-    known = values[np.isfinite(values)]
-    if not known.size:
-        return "never"
-    few = f" ({known.size} of {values.size} runs)" if known.size < values.size else ""
-    return f"{np.median(known):.4g} ({known.min():.4g} to {known.max():.4g}){few}"

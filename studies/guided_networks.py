@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 import ufm
 from studies.command import evenly
+from studies.networks import device_of
 from ufm import metrics, sweep
 from ufm.arrays import to_numpy
 from ufm.records import Stop
@@ -222,11 +223,6 @@ def options_of(point: dict[str, Any]) -> ufm.heads.Head:
     if point["head"] == "standard":
         return ufm.heads.UnitRows()
     return ufm.heads.FixedETF() if point["head"] == "fixed" else ufm.heads.NearestETF(gradient=point["gradient"])
-
-
-def device_of(point: dict[str, Any]) -> str:
-    """Where torch computes."""
-    return "cpu" if point["device"] == "numpy" else str(point["device"])
 
 
 def data_of(point: dict[str, Any]) -> Any:

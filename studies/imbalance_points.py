@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import ufm
+from studies.networks import device_of
 from ufm import frames, metrics, sweep
 from ufm.arrays import to_numpy
 from ufm.objective import chain_of
@@ -95,7 +96,7 @@ def trained(point: dict[str, Any]) -> dict[str, Any]:
 
     problem = problem_of(point)
     theory, n = ufm.predict(problem), problem.counts[0]
-    device, dtype = "cuda" if point["device"] == "cuda" else "cpu", getattr(torch, point["dtype"])
+    device, dtype = device_of(point), getattr(torch, point["dtype"])
     data = data_of(point).to(device, dtype)
     model = network_of(point, data.inputs).to(device, dtype)
     monitor = Monitor(model, head="head", classes=point["K"], measure="full", targets=frames.imbalanced_targets(n, theory.margins[0]))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,7 @@ def of_network(point: dict[str, Any], network: Any, data: Any) -> dict[str, Any]
     problem = model_of(point, float((W[0] ** 2).sum() / (features**2).sum()))
     layers = hidden(point, features.T, W)
     known, H = levels(problem), class_means(features, labels)
-    value, loss = value_of(problem, features.T, W, layers[-1], labels)
+    value, loss = value_of(problem, features.T, W, labels)
     M = class_means(layers[-1].T, labels)
     M -= M.mean(axis=0)
     within, between = features - H.T[labels], H - H.mean(axis=1, keepdims=True)
@@ -141,12 +142,12 @@ def hidden(point: dict[str, Any], H: Floats, W: Sequence[Floats]) -> list[Floats
     return layers
 
 
-def value_of(problem: ufm.Problem, H: Floats, W: Sequence[Floats], Z: Floats, labels: Ints) -> tuple[float, float]:
+def value_of(problem: ufm.Problem, H: Floats, W: Sequence[Floats], labels: Ints) -> tuple[float, float]:
     """F at all samples' features H (d, N), and its data loss, in float64."""
-    shifted = Z - Z.max(axis=0)
-    loss = float(np.mean(np.log(np.exp(shifted).sum(axis=0)) - shifted[labels, np.arange(len(labels))]))
-    held = sum(float(lam) / 2 * float((w * w).sum()) for lam, w in zip(problem.lam_w[0], W, strict=True))
-    return loss + held + float(problem.lam_h[0]) / 2 * float((H * H).sum()), loss
+    F = objective_of(replace(problem, columns="samples"))  # whose columns go class by class
+    factors = [x[None] for x in (H[:, np.argsort(labels, kind="stable")], *W)]
+    loss = float(F.loss_part(factors)[0][0])
+    return loss + float(F.penalty_part(factors)[0][0]), loss
 
 
 def shape_of(M: Floats, means: Sequence[Floats], W: Sequence[Floats]) -> dict[str, Any]:

@@ -15,15 +15,14 @@ and decay are orthogonal); the gradient of the loss of the network as evaluated 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from studies.command import Options as Common
-from studies.command import computed, finish
+from studies.command import computed, finish, span
 from studies.guided_networks import FALLING, FLOOR, LEVELS, network_guided
+from studies.networks import Options as Networks
 from ufm import sweep
 
 Floats = NDArray[np.float64]
@@ -36,13 +35,9 @@ PAIRS = ((("nearest", True), ("fixed", None)), (("nearest", True), ("standard", 
 
 
 @dataclass(frozen=True)
-class Options(Common):
+class Options(Networks):
     """Does a network collapse faster with the nearest ETF as classifier than with a fixed ETF or a trained classifier?"""
 
-    dataset: Literal["digits", "clusters", "mnist", "fashionmnist", "kmnist", "cifar10", "cifar100"] = "digits"
-    """what to train on; all but the first two are read from files, and trained with a ResNet-18"""
-    root: Path | None = None
-    """folder that holds the files of the data set"""
     ratio: float = 10.0
     """largest over smallest class of the long-tailed data"""
     weight_decay: float = 5e-4
@@ -54,8 +49,6 @@ class Options(Common):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dataset not in ("digits", "clusters") and self.root is None:
-            raise ValueError(f"--dataset {self.dataset} is read from files, and nothing is downloaded; give their folder with --root")
         if not 1 < self.ratio <= 150:
             raise ValueError(f"--ratio is {self.ratio}, but must be above 1 and at most 150")
         if not 0 <= self.weight_decay < 1:
@@ -63,12 +56,6 @@ class Options(Common):
         for name, value, least in (("epochs", self.epochs, 4), ("runs", self.runs, 1)):
             if value is not None and value < least:
                 raise ValueError(f"--{name} is {value}, but must be at least {least}")
-
-    @property
-    def folder(self) -> Path:
-        """As of every study; another data set has a folder of its own."""
-        usual = super().folder
-        return usual if self.out or self.dataset == "digits" else usual.with_name(f"{usual.name}-{self.dataset}")
 
 
 @dataclass(frozen=True)
@@ -91,11 +78,8 @@ PICTURES = {"n": 5000, "width": 512, "every": 5}
 
 def main(options: Options) -> int:
     """Compute what is missing, store, draw, and say on standard output what came out."""
-    import importlib
-
     from figures import network_guided as figure
 
-    importlib.import_module("ufm.bridge")  # without torch: one sentence
     table = computed(network_guided, points(options), options, "networks")
     sizes = {"balanced": 1.0, "tail": options.ratio}
     tables = {f"networks_{name}": table.where(kind="network", ratio=ratio) for name, ratio in sizes.items()}
@@ -200,9 +184,3 @@ def title(head: str, gradient: bool | None) -> str:
     if head == "nearest":
         return f"nearest ETF, gradient {'on' if gradient else 'off'}"
     return {"standard": "standard", "fixed": "fixed ETF", "linear": "plain linear layer"}[head]
-
-
-def span(values: Floats) -> str:
-    """Median and range of what is known of some values."""
-    known = values[np.isfinite(values)]
-    return f"{np.median(known):.4g} ({known.min():.4g} to {known.max():.4g})" if known.size else "unknown"

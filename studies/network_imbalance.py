@@ -15,49 +15,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from studies.command import Options as Common
 from studies.command import computed, finish
 from studies.imbalance_points import cell, trained
 from studies.imbalance_table import compared, groups, networks
+from studies.networks import Dataset
+from studies.networks import Options as Networks
 from ufm import sweep
-
-Dataset = Literal["digits", "clusters", "mnist", "fashionmnist", "kmnist", "cifar10", "cifar100"]
 
 LEVELS = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95, 1.05)
 WEAK, CLOSE = 0.3, 0.02  # margins of live classes are held against theory to 2 % up to this level
 N_MAX = 5000  # samples of the largest class on the map, as in `minority_collapse`
 RATIOS, STRENGTHS = (3.0, 150.0), (0.04, 1.2)  # of the map
-MADE = ("digits", "clusters")  # without files
 
 
 @dataclass(frozen=True)
-class Options(Common):
+class Options(Networks):
     """Does a trained ReLU network reach the margins, norms, orthogonality and thresholds of free features? Networks against theory."""
 
     dataset: Dataset | None = None
     """on which data; clusters and digits by default, clusters with --smoke"""
-    root: Path | None = None
-    """folder of the files of mnist, fashionmnist, kmnist, cifar10, cifar100"""
     runs: int | None = None
     """networks of each data set and level, fewer or more than the study's own"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.dataset in (None, *MADE)) == (self.root is not None):
-            raise ValueError(f"--dataset {self.dataset} and --root {self.root} do not fit: data are read from a folder, or made, not both")
         if self.runs is not None and self.runs < 1:
             raise ValueError(f"--runs is {self.runs}, but at least one network is needed")
-
-    @property
-    def folder(self) -> Path:
-        """As of every study; a data set that was asked for has a folder of its own."""
-        usual = super().folder
-        return usual if self.out or self.dataset is None else usual.with_name(f"{usual.name}-{self.dataset}")
 
 
 @dataclass(frozen=True)
@@ -113,7 +100,6 @@ SIZES = {
 
 def main(options: Options) -> int:
     """Compute what is missing, store, draw, and say on standard output what came out."""
-    import ufm.bridge  # noqa: F401  where torch is missing, said here and not point by point
     from figures import network_imbalance as figure
 
     table = computed(network_imbalance, points(options), options, "networks and map")

@@ -18,16 +18,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 import ufm
 from studies import low_rank_ends as ends
-from studies.command import Options as Common
-from studies.command import computed, finish
+from studies.command import computed, finish, span
+from studies.networks import MADE, device_of
+from studies.networks import Options as Networks
 from ufm import sweep
 from ufm.arrays import to_numpy
 from ufm.starts import Given
@@ -43,20 +43,14 @@ STEP = 0.1  # of descent in simulated ReLU chains
 
 
 @dataclass(frozen=True)
-class Options(Common):
+class Options(Networks):
     """Does a trained network with a deep linear or ReLU head end at deep neural collapse, or below it at low rank?"""
 
-    dataset: Literal["digits", "clusters", "mnist", "fashionmnist", "cifar10", "cifar100"] = "digits"
-    """what to train on; all but the first two are read from files"""
-    root: Path | None = None
-    """folder that holds the files of the data set"""
     epochs: int | None = None
     """passes over the data, fewer or more than the study's own"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dataset not in ("digits", "clusters") and self.root is None:
-            raise ValueError(f"--dataset {self.dataset} is read from files, and nothing is downloaded; give their folder with --root")
         if self.epochs is not None and self.epochs < 10:
             raise ValueError(f"--epochs is {self.epochs}, but at least {10} are needed")
 
@@ -96,7 +90,7 @@ def main(options: Options) -> int:
 
 def points(options: Options) -> list[dict[str, Any]]:
     """Every setting trained from every seed, simulated from both starts, and predicted; the longest first."""
-    size = SIZES[options.size] if options.dataset in ("digits", "clusters") or options.smoke else PICTURES
+    size = SIZES[options.size] if options.dataset in MADE or options.smoke else PICTURES
     K = 100 if options.dataset == "cifar100" else 10
     same = {
         "dataset": options.dataset,
@@ -145,7 +139,6 @@ def trained(point: dict[str, Any], _: int) -> dict[str, Any]:
     data, lam = dataset_of(point), point["lam"]
     network, problem = network_of(point, data), problem_of(point)
     held = point["penalty"] == "features"
-    device = "cuda" if point["device"] == "cuda" else "cpu"
     history = train(
         network,
         data,
@@ -159,7 +152,7 @@ def trained(point: dict[str, Any], _: int) -> dict[str, Any]:
         ),
         penalty=(lambda _, features, __: penalty(problem, models.weights(network.head), features)) if held else None,
         monitor=Monitor(network, [""], head="head", classes=point["K"], keep="none"),
-        device=device,
+        device=device_of(point),
         progress=False,
     )
     return ends.of_history(point, history) | ends.of_network(point, network, data)
@@ -313,8 +306,3 @@ def predictions_told(rows: sweep.Table, own: sweep.Table) -> str:
 def counted(values: Any) -> str:
     """How often each value occurs, the most frequent first."""
     return ", ".join(f"{value} ({many})" for value, many in Counter(to_numpy(np.asarray(values)).tolist()).most_common())
-
-
-def span(values: Floats) -> str:
-    """Median and range."""
-    return f"{np.median(values):.4g} ({np.min(values):.4g} to {np.max(values):.4g})"

@@ -144,7 +144,7 @@ def test_collapse_is_at_its_level_and_pairs_are_below() -> None:
         M = deep_points.at(code, 5e-3, 3).M[np.ix_(np.argsort(mixed), np.argsort(mixed))]
         H, *W = deep.balanced_factors(M, 3, 5e-3 / 3, [5e-3] * 3, asked["width"], np.random.default_rng(0))
         layers = low_rank_ends.hidden(asked, H[:, labels], W)
-        value, _ = low_rank_ends.value_of(problem, H[:, labels], W, layers[-1], labels)
+        value, _ = low_rank_ends.value_of(problem, H[:, labels], W, labels)
         assert value == pytest.approx(float(deep_points.levels(code, 5e-3, 3).value), rel=1e-12)
         assert (value < low_rank_ends.levels(problem)["DNC"] * (1 - 1e-9)) == (name != "DNC")
         end = low_rank_ends.ending(asked, problem, [H, *W])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ufm.bridge.data import Data
-from ufm.bridge.monitor import Monitor
+from ufm.frames import Targets
 
 Record = dict[str, Any]
 
@@ -97,26 +97,13 @@ def configuration(training: Any, model: nn.Module, data: Data, **functions: Any)
         | {"the model's layers": hashlib.sha256(str(model).encode()).hexdigest()[:16]}
         | {"the model's first weights": _digest(value for value in model.state_dict().values() if isinstance(value, Tensor))}
         | {name: _name(function) for name, function in functions.items()}
-        | _watching(functions.get("monitor"))
+        | {f"the monitor's {name}": _told(value) for name, value in getattr(functions.get("monitor"), "settings", {}).items()}
     )
 
 
-def _watching(monitor: Any) -> dict[str, str]:
-    """The options of a `Monitor`; none of anything else."""
-    if not isinstance(monitor, Monitor):
-        return {}
-    options = {
-        "layers": list(monitor._layers),
-        "head": list(monitor._linear),
-        "classes": monitor.classes,
-        "measure and keep": monitor._asked,
-        "conv": "pool" if monitor._pool else "flatten",
-        "centre": monitor._centre,
-        "weights": monitor._weights,
-        "targets": None if monitor._targets is None else _digest(torch.as_tensor(target) for target in monitor._targets),
-        "penalties": None if monitor._penalties is None else [float(lam) for lam in monitor._penalties],
-    }
-    return {f"the monitor's {name}": str(value) for name, value in options.items()}
+def _told(value: Any) -> str:
+    """An option as text, a tuple of arrays by their content."""
+    return _digest(map(torch.as_tensor, value)) if isinstance(value, Targets) else str(value)
 
 
 def _tensors(data: Data) -> list[Tensor]:
