@@ -36,6 +36,7 @@ __all__ = [
 
 MANY_THREADS = 512  # width from which one product is worth more than one BLAS thread
 BLOCK_BYTES = 15e6  # of a block on a CPU: past a core's own cache, but enough to hide the cost of a call
+CACHED_BYTES = 1 << 20  # of an array passed over block by block: two or three such fit a core's own cache
 FREE_SHARE = 1 / 3  # of an accelerator's free memory, for blocks whose estimate may be half of what they take at the peak of a step
 
 
@@ -93,6 +94,21 @@ def column_sums(x: Array) -> Array:
     """(..., rows, cols) -> (..., 1, cols); a product with ones, several times faster than `sum` on many small matrices."""
     ones = _ones(x.shape[-2], x.dtype) if type(x) is np.ndarray else namespace(x).ones((1, x.shape[-2]), dtype=x.dtype, device=device_of(x))
     return ones @ x
+
+
+def column_products(x: Array, y: Array) -> Array:
+    """The inner products of columns, (..., rows, cols) twice -> (..., 1, cols), without an array of products in memory."""
+    total, *others = (column_sums(x[..., rows, :] * y[..., rows, :]) for rows in row_blocks(x))
+    for part in others:
+        total += part
+    return total
+
+
+def row_blocks(x: Array) -> list[slice]:
+    """Slices of the rows of x (..., rows, cols) for which what is made in passing stays in a processor's cache; one slice elsewhere."""
+    rows = x.shape[-2]
+    step = max(1, CACHED_BYTES * rows // max(1, x.nbytes)) if type(x) is np.ndarray else max(1, rows)
+    return [slice(start, start + step) for start in range(0, rows, step)]
 
 
 @cache

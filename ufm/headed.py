@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ufm.arrays import Array, column_sums, flatten, like, namespace, norm, place
+from ufm.arrays import Array, column_products, flatten, like, namespace, norm, place, row_blocks
 from ufm.chain import Factors
 from ufm.coordinates import Coordinates, weighted
 from ufm.etf import NearestETF as Nearest
@@ -36,12 +36,14 @@ class Classes(NamedTuple):
     onehot: Array
     each: int | None
 
-    def means(self, z: Array) -> Array:
-        """(B, d, cols) -> (B, d, K)."""
+    def means(self, X: Array, scale: Array) -> Array:
+        """The class means (B, d, K) of X scale, X (B, d, cols), scale (B, 1, cols)."""
         if self.each is None:
-            return z @ self.onehot.mT / self.columns
-        xp = namespace(z)
-        return z if self.each == 1 else xp.mean(xp.reshape(z, (*z.shape[:2], -1, self.each)), axis=-1)
+            return X @ (scale * self.onehot / self.columns.mT).mT
+        if self.each == 1:
+            return X * scale
+        xp = namespace(X)
+        return xp.vecdot(*(xp.reshape(x, (*x.shape[:2], -1, self.each)) for x in (X, scale / self.each)))
 
     def add(self, g: Array, back: Array) -> None:
         """Add to g (B, d, cols), in place, the gradient in z of a function of the class means with gradient `back` (B, d, K)."""
@@ -77,7 +79,9 @@ class Headed(Coordinates):
     guide: Guide | None = field(default=None, kw_only=True)
 
     def to_factors(self, x: Array) -> Factors:
-        return self._made(x)[0]
+        X = self.unpack(x)[0]
+        scale = self._scale(X)
+        return (X * scale, *self._classifier(x, scale))
 
     def from_factors(self, factors: Sequence[Array]) -> Array:
         """The trained part of (H, W[, b]): H of any norms, W with unit rows where the head asks for it; other W and b are not read."""
@@ -151,8 +155,8 @@ class Headed(Coordinates):
             return self
         xp = namespace(x)
         X = self.unpack(x)[0]
-        z = X * self._scale(X)
-        means, centre = self.classes.means(z), self._centre(z)
+        scale = self._scale(X)
+        means, centre = self.classes.means(X, scale), self._centre(X, scale)
         before, previous = self.guide or (None, None)
         average = averaged(before, means - centre, averaging=self.head.averaging, missing=self.head.missing, centre=centre)
         shown, spread = average.means, average.means - xp.mean(average.means, axis=-1, keepdims=True)
@@ -187,44 +191,53 @@ class Headed(Coordinates):
 
     def _scale(self, X: Array) -> Array:
         """z over x, (B, 1, cols)."""
-        return self.scales[0] if self.radius is None else self.radius / namespace(X).sqrt(column_sums(X * X))
+        return self.scales[0] if self.radius is None else self.radius / namespace(X).sqrt(column_products(X, X))
 
-    def _centre(self, z: Array) -> Array:
-        """mu_G, (B, d, 1)."""
-        return z @ self.objective.column_weight.mT
+    def _centre(self, X: Array, scale: Array) -> Array:
+        """mu_G of X scale, (B, d, 1)."""
+        return X @ (scale * self.objective.column_weight).mT
 
-    def _made(self, x: Array) -> tuple[Factors, Array]:
-        """(z, W[, b]), and z over x."""
+    def _classifier(self, x: Array, scale: Array) -> Factors:
+        """W[, b] as used, with the features that are scale times those in x."""
         X, *trained = self.unpack(x)
-        scale = self._scale(X)
-        z = X * scale
         if self.head.trained:
-            return (z, *(s * f for s, f in zip(self.scales[1:], trained, strict=True))), scale
+            return tuple(s * f for s, f in zip(self.scales[1:], trained, strict=True))
         W: Array = self.weights if self.guide is None else self.guide.nearest.W
         W = namespace(x).broadcast_to(W, (x.shape[0], *W.shape[1:]))
-        return ((z, W) if self.head.bias is None else (z, W, -(W @ self._centre(z)))), scale
+        return (W,) if self.head.bias is None else (W, -(W @ self._centre(X, scale)))
 
     def _loss(self, x: Array) -> tuple[Array, list[Array]]:
-        """The loss part of F, (B,), and its gradient in each trained part, in arrays of their own."""
-        F, head = self.objective, self.head
-        factors, scale = self._made(x)
-        z, W = factors[:2]
-        losses, slope = F.loss.value_and_slope(F.logits(factors), F.targets)
+        """The loss part of F, (B,), and its gradient in each trained part, in arrays of their own.
+
+        z = X scale is nowhere made: it is as large as x, and passing over it once more costs as much as a product with W.
+        """
+        F, head, xp = self.objective, self.head, namespace(x)
+        X = self.unpack(x)[0]
+        scale = self._scale(X)
+        W, *bias = self._classifier(x, scale)
+        Z = W @ X * scale
+        losses, slope = F.loss.value_and_slope(Z + bias[0] if bias else Z, F.targets)
         slope = slope * F.column_weight
-        xp = namespace(x)
+        own = []
         if head.bias == "attached":  # logits W (z - mu_G)
             slope -= xp.sum(slope, axis=-1, keepdims=True) * F.column_weight
         g = W.mT @ slope
-        if isinstance(head, NearestETF) and head.gradient and self.guide is not None:
+        guided = isinstance(head, NearestETF) and head.gradient and self.guide is not None
+        if guided or head.trained:
+            own = [(slope * scale) @ X.mT, xp.sum(slope, axis=-1, keepdims=True)]
+        if guided:
             average, nearest = self.guide
-            back = pullback(nearest, slope @ z.mT, guard=head.guard)  # sums to zero over classes: nothing passes through mu_G
+            back = pullback(nearest, own[0], guard=head.guard)  # sums to zero over classes: nothing passes through mu_G
             self.classes.add(g, average.rate * back)
-        own = [slope @ z.mT, xp.sum(slope, axis=-1, keepdims=True)][: len(self.shapes) - 1]
-        if self.radius is not None:
-            z *= column_sums(z * g) / self.radius**2  # in place: fresh memory costs more than the product
-            g -= z
-        g *= scale
-        return xp.vecdot(losses, F.column_weight[:, 0, :]), [g, *own]
+        if self.radius is None:
+            g *= scale
+        else:  # scale (g - z z^T g/tau^2), z = X scale
+            along = column_products(X, g) * (scale / self.radius) ** 2
+            for rows in row_blocks(g):
+                part = g[:, rows, :]
+                part -= X[:, rows, :] * along
+                part *= scale
+        return xp.vecdot(losses, F.column_weight[:, 0, :]), [g, *own[: len(self.shapes) - 1]]
 
 
 def coordinates(problem: Problem, device: str = "numpy") -> Coordinates:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ufm.arrays import Array, flatten, like, namespace, norm
+from ufm.arrays import Array, flatten, like, namespace, norm, row_blocks
 from ufm.coordinates import Coordinates
 from ufm.flow import Clock, GradientFlow, State, check
 from ufm.stabilised import StabilisedFlow
@@ -134,9 +134,10 @@ class AGD:
         G = xp.mean(sigma * sizes, axis=1, keepdims=True)
         eta = xp.log1p(2.0 * G / (1.0 + xp.sqrt(1.0 + 4.0 * G)))
         rates = self.gain / len(slopes) * eta * sigma / xp.where(sizes == 0, 1.0, sizes)
-        for i, g in enumerate(slopes):  # views of the gradient, changed in place
-            g *= rates[:, i, None, None]
-        x -= gradient
+        for i, (part, g) in enumerate(zip(function.unpack(x), slopes, strict=True)):  # views of x, changed in place
+            for rows in row_blocks(part):
+                own = part[:, rows, :]
+                own -= rates[:, i, None, None] * g[:, rows, :]
         return function.project(x), (sigma, time + self.gain * eta)
 
     def clock(self, state: State, taken: int) -> Clock:
