@@ -218,16 +218,14 @@ class Headed(Coordinates):
         Z = W @ X * scale
         losses, slope = F.loss.value_and_slope(Z + bias[0] if bias else Z, F.targets)
         slope = slope * F.column_weight
-        own = []
         if head.bias == "attached":  # logits W (z - mu_G)
             slope -= xp.sum(slope, axis=-1, keepdims=True) * F.column_weight
-        g = W.mT @ slope
-        guided = isinstance(head, NearestETF) and head.gradient and self.guide is not None
-        if guided or head.trained:
+        g, own = W.mT @ slope, []
+        if head.trained:
             own = [(slope * scale) @ X.mT, xp.sum(slope, axis=-1, keepdims=True)]
-        if guided:
+        elif isinstance(head, NearestETF) and head.gradient and self.guide is not None:
             average, nearest = self.guide
-            back = pullback(nearest, own[0], guard=head.guard)  # sums to zero over classes: nothing passes through mu_G
+            back = pullback(nearest, (slope * scale) @ X.mT, guard=head.guard)  # sums to zero over classes: nothing passes through mu_G
             self.classes.add(g, average.rate * back)
         if self.radius is None:
             g *= scale

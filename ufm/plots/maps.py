@@ -125,7 +125,7 @@ class Drawn(NamedTuple):
 
 
 MANY_DECADES = 1e9  # ends of a logarithmic axis from which on not every decade has a tick
-FEW = 50.0  # ends of one below which 2 and 5 times the decades have numbers too, written plainly
+FEW = 100.0  # ends of one below which 2 and 5 times the decades have numbers too, written plainly
 RIM = 0.6  # points of white on both sides of a line with a halo
 
 
