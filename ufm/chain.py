@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ufm.arrays import Array, namespace
+from ufm.arrays import Array, namespace, transposed
 
 Factors = tuple[Array, ...]
 
@@ -46,7 +46,7 @@ def pullback(chain: Chain, factors: Sequence[Array], layers: Sequence[Array], sl
     """Gradients in (H, W_1, ..., W_L) of a function of the logits with gradient `slope` (B, K, cols)."""
     gradients, error = [], slope
     for layer in range(chain.depth, 0, -1):
-        gradients.append(error @ layers[layer - 1].mT)
+        gradients.append(error @ transposed(layers[layer - 1]))
         error = _masked(chain, layers, layer - 1, factors[layer].mT @ error)
     return [error, *reversed(gradients)]
 
