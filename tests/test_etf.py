@@ -246,6 +246,25 @@ BROKEN: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_auto_skips_eigenvalues_only_where_they_would_be_refused(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above FEW columns one solve may say that the condition number is past CONDITION: never wrongly, and always from ten times it on."""
+    rng, m = np.random.default_rng(3), polar.FEW + 20
+    conditions = np.array([1.0, 5.0, 29.9, 300.0, 1e5, 1e12])
+    A = np.stack([haar(rng, m + 9, m) * np.geomspace(1, 1 / c, m) @ haar(rng, m, m).T for c in conditions])
+    A = np.concatenate([A, A[:1] * 0, A[:1] * (np.arange(m) > 0)])
+    past = to_numpy(polar._past(to_library(library, A)))
+    assert past.tolist() == [False] * 3 + [True] * 3 + [False, True]
+    called = []
+    gram = polar.BACKENDS["gram"]
+    monkeypatch.setitem(polar.BACKENDS, "gram", lambda A: called.append(A.shape) or gram(A))
+    factor, names = polar.polar(to_library(library, A[3:6]))
+    assert (names, called) == (("svd",) * 3, [])
+    assert np.abs(to_numpy(factor.U) - np.stack([scipy_polar(a)[0] for a in A[3:6]]))[:2].max() < 1e-9
+    _, names = polar.polar(to_library(library, A[1:5]))
+    assert (names, len(called)) == (("gram", "gram", "svd", "svd"), 1)
+
+
 @pytest.mark.parametrize("fault", BROKEN)
 @pytest.mark.parametrize("method", ["auto", "gram", "newton-schulz"])
 def test_a_wrong_back_end_is_replaced(fault: str, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
 """Polar factors: the U with orthonormal columns that maximises <U, A>, by three back ends, each factor verified before it is returned.
 
 A = U S with S = V diag(s) V^T >= 0; A is (..., d, m), d >= m, numpy, torch or the like. Section by section: the SVD is the most accurate;
-the Gram matrix costs a third of it or less and squares the condition number; Newton-Schulz is products only. Every factor gets one
-polishing step U <- U (3I - U^T U)/2, its orthogonality is measured in double precision, and where it fails the SVD takes over.
+the Gram matrix costs a third of it or less and squares the condition number; Newton-Schulz is products only. Factors get one polishing
+step U <- U (3I - U^T U)/2, but an SVD's in double precision; all are measured in double precision, and where one fails the SVD takes over.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from ufm.arrays import Array, device_of, namespace, readable, to_numpy
+from ufm.arrays import Array, device_of, like, namespace, readable, to_numpy
 
 Method = Literal["auto", "svd", "gram", "newton-schulz"]
 
@@ -104,12 +104,16 @@ def _newton_schulz(A: Array) -> Parts:
 BACKENDS = {"svd": _svd, "gram": _gram, "newton-schulz": _newton_schulz}
 ROUTES = {"auto": ("gram", "svd"), "svd": ("svd",), "gram": ("gram", "svd"), "newton-schulz": ("newton-schulz", "svd")}
 MOST_STEPS = 60  # of Newton-Schulz: each multiplies the small singular values by 1.5
+FEW = 40  # columns up to which eigenvalues cost less than finding out that they need not be computed
 CONDITION = 30.0  # of A up to which "auto" trusts the Gram matrix: there its error is 1e-14, or 3e-6 in single precision
 
 
 def _verified(A: Array, name: str, method: str) -> tuple[Factor, Array]:
     """A back end's factor, polished, and whether it is orthogonal and attains <U, A> = sum of the s, (...)."""
     xp = namespace(A)
+    if method == "auto" and name == "gram" and readable(A) and A.shape[-1] > FEW and bool(xp.all(_past(A))):
+        nothing = xp.zeros(A.shape[:-2], dtype=A.dtype, device=device_of(A))
+        return Factor(A, A, A[..., 0, :], nothing), nothing > 0  # the SVD's turn
     V, s, factor = BACKENDS[name](A)
     top = xp.max(s, axis=-1)
     trusted = top <= CONDITION * xp.min(s, axis=-1) if method == "auto" else xp.isfinite(top)
@@ -117,10 +121,24 @@ def _verified(A: Array, name: str, method: str) -> tuple[Factor, Array]:
         return Factor(A, V, s, 0.0 * s[..., 0]), trusted  # no U is worth its while
     with np.errstate(divide="ignore", invalid="ignore"):
         U = factor()
-    U += U @ (0.5 * xp.astype(_defect(U), A.dtype, copy=False))
+    if name != "svd" or A.dtype != xp.float64:
+        U += U @ (0.5 * xp.astype(_defect(U), A.dtype, copy=False))
     orthogonality = _spectral_bound(_defect(U))
     attained = inner(U, A) >= (1.0 - _limit(A) ** 0.5) * xp.sum(s, axis=-1)
     return Factor(U, V, s, orthogonality), trusted & attained & (orthogonality <= _limit(A))
+
+
+def _past(A: Array) -> Array:
+    """Whether one linear solve, a fraction of the cost of the eigenvalues, shows the condition number to be past CONDITION, (...).
+
+    The least eigenvalue of A^T A is below that of S = A^T A + c I, c > 0, so below ||v||/||S^{-1} v||; the largest is not below the mean.
+    """
+    xp, m = namespace(A), A.shape[-1]
+    mean = inner(A, A)[..., None, None] / m
+    v = like(np.cos(np.arange(m, dtype=np.float64))[:, None], A)
+    S = A.mT @ A + xp.where(mean > 0, m * xp.finfo(A.dtype).eps * mean, 1.0) * xp.eye(m, dtype=A.dtype, device=device_of(A))
+    x = xp.linalg.solve(S, xp.broadcast_to(v, (*A.shape[:-2], m, 1)))
+    return inner(x, x) * mean[..., 0, 0] ** 2 > CONDITION**4 * inner(v, v)
 
 
 def _limit(A: Array) -> float:
