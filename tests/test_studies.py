@@ -361,6 +361,22 @@ def test_a_killed_worker_gets_one_sentence(tmp_path: Path) -> None:
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_a_study_that_is_killed(how: signal.Signals, tmp_path: Path) -> None:
+    """The study alone is killed, in the middle of blocks that would take minutes."""
+    going = subprocess.Popen(command("deep_basins", "--quick", "--workers", "2", "--out", tmp_path), cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(pids := workers_of(going.pid)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(2)
+    going.send_signal(how)
+    going.wait(timeout=60)
+    deadline = time.monotonic() + 20
+    while (left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert (len(pids), left) == (2, [])
+
+
 def workers_of(pid: int) -> list[int]:
     """The loky workers below a process (Linux)."""
     children = Path(f"/proc/{pid}/task/{pid}/children")
