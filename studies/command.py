@@ -91,12 +91,12 @@ def evenly(values: Sequence[Any], count: int) -> list[Any]:
     return [values[i] for i in np.unique(np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int))]
 
 
-def span(values: Any) -> str:
-    """Median and range of what is known of some values, how many that is where some are not; or that none is."""
+def span(values: Any, none: str = "unknown") -> str:
+    """Median and range of what is known of some values, how many that is where some are not; `none` where none is."""
     found = np.asarray(values, dtype=np.float64)
     known = found[np.isfinite(found)]
     if not known.size:
-        return "never"
+        return none
     few = f", {known.size} of {found.size}" if known.size < found.size else ""
     return f"{np.median(known):.4g} ({known.min():.4g} to {known.max():.4g}{few})"
 

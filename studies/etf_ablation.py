@@ -174,11 +174,13 @@ def averaging(table: sweep.Table) -> dict[str, str]:
         own = rows.where(**setting)
         reference = own.where(averaging="2/(t+1)", gradient=True)["reached_6"][0]
         others = [
-            f"{own['averaging'][i]}{'' if own['gradient'][i] else ', gradient off'}: {span(own['reached_6'][i] - reference)}"
+            f"{own['averaging'][i]}{'' if own['gradient'][i] else ', gradient off'}: {span(own['reached_6'][i] - reference, 'never')}"
             for i in range(len(own))
             if (own["averaging"][i], own["gradient"][i]) != ("2/(t+1)", True)
         ]
-        said[f"steps to 1e-6, {title(setting)}"] = f"averaging 2/(t+1): {span(reference)}; the others less that: {'; '.join(others)}"
+        said[f"steps to 1e-6, {title(setting)}"] = (
+            f"averaging 2/(t+1): {span(reference, 'never')}; the others less that: {'; '.join(others)}"
+        )
     return said
 
 
@@ -211,7 +213,7 @@ def proximal(table: sweep.Table) -> dict[str, str]:
         for i in range(len(own)):
             said[f"{title(setting)}, {posing(own, i)}, no averaging"] = (
                 f"W off by {span(own['displacement'][i, :, SHOWN.index(10)])} at step 10, "
-                f"{span(own['displacement'][i, :, SHOWN.index(20)])} at step 20; steps to 1e-6: {span(own['reached_6'][i])}"
+                f"{span(own['displacement'][i, :, SHOWN.index(20)])} at step 20; steps to 1e-6: {span(own['reached_6'][i], 'never')}"
             )
     return said
 
@@ -234,7 +236,7 @@ def imbalance(table: sweep.Table) -> dict[str, str]:
         own = rows.where(pattern=pattern, ratio=ratio)
         said[f"{pattern} sizes, ratio {ratio:g}, by class weights"] = "; ".join(
             f"{own['weights'][i]}: loss {span(own['end_loss'][i])}, minority margin {span(own['end_minority_margin'][i])}, within 1e-4 "
-            f"of its end at step {span(own['settled'][i])}"
+            f"of its end at step {span(own['settled'][i], 'never')}"
             for i in range(len(own))
         )
     return said

@@ -261,7 +261,7 @@ def summary(table: sweep.Table) -> dict[str, Any]:
             said[f"{model}, {title(head, gradient, own.values('solver')[0])}"] = (
                 f"{own['at_collapse'].sum()} of {len(own)} runs within {FLOOR:.0e} of the floor and {MARGIN:.0e} of the margin limit after "
                 f"{own['steps'][0]} iterations; {span(own['end_excess'])} above the floor, {span(own['end_margin_gap'])} below the limit; "
-                f"first within at iteration {span(own['floor_at'])} and {span(own['margin_at'])}; "
+                f"first within at iteration {span(own['floor_at'], 'never')} and {span(own['margin_at'], 'never')}; "
                 f"{1e3 * cost:.3g} ms an iteration, {cost / fixed:.2f} of the fixed head"
             )
     return said | {"largest share of time spent on records": f"{table['records_share'].max():.2f}"}

@@ -146,8 +146,7 @@ def value_of(problem: ufm.Problem, H: Floats, W: Sequence[Floats], labels: Ints)
     """F at all samples' features H (d, N), and its data loss, in float64."""
     F = objective_of(replace(problem, columns="samples"))  # whose columns go class by class
     factors = [x[None] for x in (H[:, np.argsort(labels, kind="stable")], *W)]
-    loss = float(F.loss_part(factors)[0][0])
-    return loss + float(F.penalty_part(factors)[0][0]), loss
+    return float(F.value(factors)[0]), float(F.loss.value(F.logits(factors), F.targets)[0] @ F.column_weight[0, 0])
 
 
 def shape_of(M: Floats, means: Sequence[Floats], W: Sequence[Floats]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from studies.command import computed, finish, span
 from studies.guided_networks import FALLING, FLOOR, LEVELS, network_guided
+from studies.networks import MADE
 from studies.networks import Options as Networks
 from ufm import sweep
 
@@ -89,7 +90,7 @@ def main(options: Options) -> int:
 
 def points(options: Options) -> list[dict[str, Any]]:
     """Every head and seed on balanced and on long-tailed data, and the model under every head that has a reference; networks first."""
-    size, pictures = SIZES[options.size], options.dataset not in ("digits", "clusters")
+    size, pictures = SIZES[options.size], options.dataset not in MADE
     if pictures and not options.smoke:
         size = replace(size, **PICTURES)
     K = 100 if options.dataset == "cifar100" else 10

@@ -26,10 +26,12 @@ class Options(Common):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.dataset is None and type(self).dataset is not None:
+            raise ValueError("--dataset is None, but this study trains on one data set; name it")
         if self.dataset not in (None, *MADE) and self.root is None:
             raise ValueError(f"--dataset {self.dataset} is read from files, and nothing is downloaded; give their folder with --root")
         if self.dataset in (None, *MADE) and self.root is not None:
-            raise ValueError(f"--dataset {self.dataset} is made without files, but --root is {self.root}; leave it out, or name a data set")
+            raise ValueError(f"--root is {self.root}, but digits and clusters need no files; leave it out, or name another --dataset")
 
     @property
     def folder(self) -> Path:

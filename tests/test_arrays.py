@@ -11,7 +11,21 @@ import pytest
 from mpmath import mp, mpf
 
 from catalog import LIBRARIES, to_library
-from ufm.arrays import block_size, column_sums, device_of, flatten, like, namespace, norm, place, safe_exp_sum, to_numpy
+from ufm.arrays import (
+    block_size,
+    by_transpose,
+    column_products,
+    column_sums,
+    device_of,
+    flatten,
+    like,
+    namespace,
+    norm,
+    place,
+    row_blocks,
+    safe_exp_sum,
+    to_numpy,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -33,6 +47,25 @@ def test_like(library: str, dtype: Any) -> None:
     assert kind(made) == kind(x)
     assert to_numpy(made).tolist() == [[0.5, 0.25]]
     assert kind(like(1.5, x)) == kind(x)
+
+
+@pytest.mark.parametrize("cached", [1, 400, 1 << 20])
+def test_column_products_in_blocks(library: str, cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over rows of products, whatever the blocks, which cover every row once."""
+    monkeypatch.setattr("ufm.arrays.CACHED_BYTES", cached)
+    x, y = RNG.normal(size=(2, 3, 7, 5))
+    found = column_products(to_library(library, x), to_library(library, y))
+    assert to_numpy(found) == pytest.approx(np.sum(x * y, axis=1, keepdims=True), rel=1e-13, abs=1e-14)
+    rows = [i for block in row_blocks(to_library(library, x)) for i in range(7)[block]]
+    assert rows == list(range(7))
+
+
+@pytest.mark.parametrize(("r", "c", "d"), [(4, 3, 5), (3, 4, 5), (80, 70, 90)])
+def test_by_transpose(library: str, r: int, c: int, d: int) -> None:
+    """x y^T of small matrices, of few rows, and of large ones."""
+    x, y = RNG.normal(size=(2, r, c)), RNG.normal(size=(2, d, c))
+    found = by_transpose(to_library(library, x), to_library(library, y))
+    assert to_numpy(found) == pytest.approx(np.einsum("brc,bdc->brd", x, y), rel=1e-12, abs=1e-13)
 
 
 def test_to_numpy_inverts(library: str) -> None:

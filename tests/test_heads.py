@@ -180,6 +180,24 @@ def weighted_root(problem: Problem, run: int) -> Any:
 
 
 @EACH
+def test_blocks_of_rows_change_nothing(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradient, descent and an AGD step in blocks of a row or two are those of whole matrices."""
+    start = started(problem, seed=1)
+    found = []
+    for cached in (1 << 20, 200):
+        monkeypatch.setattr("ufm.arrays.CACHED_BYTES", cached)
+        frame = coordinates(problem)
+        x = frame.from_factors(start)
+        frame = frame.renewed(x)
+        moved, gradient = np.array(x), frame.gradient(x)
+        if problem.lam_b is None:
+            rule = AGD(0.3)
+            moved, _ = rule.advance(frame, moved, rule.start(frame, moved, np.arange(problem.cells)))
+        found.append(np.stack([x, gradient, moved]))
+    assert found[1] == pytest.approx(found[0], rel=1e-12, abs=1e-15)
+
+
+@EACH
 def test_gradient_is_that_of_autograd(problem: Problem) -> None:
     """Value, gradient in every trained part, W and b at the first and third step, features moved in between."""
     pytest.importorskip("torch")

@@ -36,7 +36,7 @@ __all__ = [
 
 MANY_THREADS = 512  # width from which one product is worth more than one BLAS thread
 BLOCK_BYTES = 15e6  # of a block on a CPU: past a core's own cache, but enough to hide the cost of a call
-SMALL = 5000  # entries of a matrix up to which a copy in rows of its transpose pays: OpenBLAS 0.3.31 in turns, 10 x 10 to 512 x 1000
+SMALL = 5000  # entries of a matrix up to which a copy of its transpose pays: OpenBLAS 0.3.31, 10 x 10 to 512 x 1000
 CACHED_BYTES = 1 << 20  # of an array passed over block by block: two or three such fit a core's own cache
 FREE_SHARE = 1 / 3  # of an accelerator's free memory, for blocks whose estimate may be half of what they take at the peak of a step
 
@@ -98,17 +98,17 @@ def column_sums(x: Array) -> Array:
 
 
 def column_products(x: Array, y: Array) -> Array:
-    """The inner products of columns, (..., rows, cols) twice -> (..., 1, cols), without an array of products in memory."""
+    """The inner products of columns, (..., rows, cols) twice -> (..., 1, cols); of numpy's without an array of products in memory."""
     total, *others = (column_sums(x[..., rows, :] * y[..., rows, :]) for rows in row_blocks(x))
     for part in others:
         total += part
     return total
 
 
-def transposed(x: Array) -> Array:
-    """x.mT; of numpy's small matrices a copy row by row, since BLAS multiplies by a small transposed matrix at half its speed."""
-    small = type(x) is np.ndarray and x.shape[-2] * x.shape[-1] <= SMALL
-    return np.ascontiguousarray(x.mT) if small else x.mT
+def by_transpose(x: Array, y: Array) -> Array:
+    """x y^T, (..., r, c) by (..., d, c): with a copy of y^T in rows where y is small and r >= c, which BLAS takes up to twice as fast."""
+    small = type(y) is np.ndarray and y.shape[-2] * y.shape[-1] <= SMALL and x.shape[-2] >= y.shape[-1]
+    return x @ (np.ascontiguousarray(y.mT) if small else y.mT)
 
 
 def row_blocks(x: Array) -> list[slice]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ufm.arrays import Array, namespace, transposed
+from ufm.arrays import Array, by_transpose, namespace
 
 Factors = tuple[Array, ...]
 
@@ -46,7 +46,7 @@ def pullback(chain: Chain, factors: Sequence[Array], layers: Sequence[Array], sl
     """Gradients in (H, W_1, ..., W_L) of a function of the logits with gradient `slope` (B, K, cols)."""
     gradients, error = [], slope
     for layer in range(chain.depth, 0, -1):
-        gradients.append(error @ transposed(layers[layer - 1]))
+        gradients.append(by_transpose(error, layers[layer - 1]))
         error = _masked(chain, layers, layer - 1, factors[layer].mT @ error)
     return [error, *reversed(gradients)]
 
@@ -72,7 +72,7 @@ def push_pullback(
     """The change of `pullback` when factors, layers and slope move along moves, changes and slope_change."""
     out, error, error_change = [], slope, slope_change
     for layer in range(chain.depth, 0, -1):
-        out.append(error_change @ layers[layer - 1].mT + error @ changes[layer - 1].mT)
+        out.append(by_transpose(error_change, layers[layer - 1]) + by_transpose(error, changes[layer - 1]))
         error_change = moves[layer].mT @ error + factors[layer].mT @ error_change
         error_change = _masked(chain, layers, layer - 1, error_change)
         error = _masked(chain, layers, layer - 1, factors[layer].mT @ error)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ufm.arrays import Array, column_products, flatten, like, namespace, norm, place, row_blocks
+from ufm.arrays import Array, by_transpose, column_products, flatten, like, namespace, norm, place, row_blocks
 from ufm.chain import Factors
 from ufm.coordinates import Coordinates, weighted
 from ufm.etf import NearestETF as Nearest
@@ -222,10 +222,10 @@ class Headed(Coordinates):
             slope -= xp.sum(slope, axis=-1, keepdims=True) * F.column_weight
         g, own = W.mT @ slope, []
         if head.trained:
-            own = [(slope * scale) @ X.mT, xp.sum(slope, axis=-1, keepdims=True)]
+            own = [by_transpose(slope * scale, X), *(xp.sum(slope, axis=-1, keepdims=True) for _ in bias)]
         elif isinstance(head, NearestETF) and head.gradient and self.guide is not None:
             average, nearest = self.guide
-            back = pullback(nearest, (slope * scale) @ X.mT, guard=head.guard)  # sums to zero over classes: nothing passes through mu_G
+            back = pullback(nearest, by_transpose(slope * scale, X), guard=head.guard)  # sums to zero over classes, so in mu_G
             self.classes.add(g, average.rate * back)
         if self.radius is None:
             g *= scale
@@ -235,7 +235,7 @@ class Headed(Coordinates):
                 part = g[:, rows, :]
                 part -= X[:, rows, :] * along
                 part *= scale
-        return xp.vecdot(losses, F.column_weight[:, 0, :]), [g, *own[: len(self.shapes) - 1]]
+        return xp.vecdot(losses, F.column_weight[:, 0, :]), [g, *own]
 
 
 def coordinates(problem: Problem, device: str = "numpy") -> Coordinates:

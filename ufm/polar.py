@@ -1,8 +1,8 @@
 """Polar factors: the U with orthonormal columns that maximises <U, A>, by three back ends, each factor verified before it is returned.
 
 A = U S with S = V diag(s) V^T >= 0; A is (..., d, m), d >= m, numpy, torch or the like. Section by section: the SVD is the most accurate;
-the Gram matrix costs a third of it or less and squares the condition number; Newton-Schulz is products only. Factors get one polishing
-step U <- U (3I - U^T U)/2, but an SVD's in double precision; all are measured in double precision, and where one fails the SVD takes over.
+the Gram matrix costs a third of it or less and squares the condition number; Newton-Schulz is products only. Factors get a polishing step
+U <- U (3I - U^T U)/2, LAPACK's SVD in double precision none; all are measured in double precision, and where one fails the SVD takes over.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _verified(A: Array, name: str, method: str) -> tuple[Factor, Array]:
     xp = namespace(A)
     if method == "auto" and name == "gram" and readable(A) and A.shape[-1] > FEW and bool(xp.all(_past(A))):
         nothing = xp.zeros(A.shape[:-2], dtype=A.dtype, device=device_of(A))
-        return Factor(A, A, A[..., 0, :], nothing), nothing > 0  # the SVD's turn
+        return Factor(A, A, A[..., 0, :], nothing), nothing > 0  # of no use, and none is used: the SVD's turn, for all
     V, s, factor = BACKENDS[name](A)
     top = xp.max(s, axis=-1)
     trusted = top <= CONDITION * xp.min(s, axis=-1) if method == "auto" else xp.isfinite(top)
@@ -121,7 +121,7 @@ def _verified(A: Array, name: str, method: str) -> tuple[Factor, Array]:
         return Factor(A, V, s, 0.0 * s[..., 0]), trusted  # no U is worth its while
     with np.errstate(divide="ignore", invalid="ignore"):
         U = factor()
-    if name != "svd" or A.dtype != xp.float64:
+    if name != "svd" or A.dtype != xp.float64 or type(A) is not np.ndarray:
         U += U @ (0.5 * xp.astype(_defect(U), A.dtype, copy=False))
     orthogonality = _spectral_bound(_defect(U))
     attained = inner(U, A) >= (1.0 - _limit(A) ** 0.5) * xp.sum(s, axis=-1)
@@ -134,11 +134,11 @@ def _past(A: Array) -> Array:
     The least eigenvalue of A^T A is below that of S = A^T A + c I, c > 0, so below ||v||/||S^{-1} v||; the largest is not below the mean.
     """
     xp, m = namespace(A), A.shape[-1]
-    mean = inner(A, A)[..., None, None] / m
+    size = inner(A, A)[..., None, None] ** 0.5 / m**0.5
+    A = A / xp.where(size > 0, size, 1.0)  # the eigenvalues have mean 1
     v = like(np.cos(np.arange(m, dtype=np.float64))[:, None], A)
-    S = A.mT @ A + xp.where(mean > 0, m * xp.finfo(A.dtype).eps * mean, 1.0) * xp.eye(m, dtype=A.dtype, device=device_of(A))
-    x = xp.linalg.solve(S, xp.broadcast_to(v, (*A.shape[:-2], m, 1)))
-    return inner(x, x) * mean[..., 0, 0] ** 2 > CONDITION**4 * inner(v, v)
+    x = xp.linalg.solve(A.mT @ A + m * xp.finfo(A.dtype).eps * like(np.eye(m), A), xp.broadcast_to(v, (*A.shape[:-2], m, 1)))
+    return (size[..., 0, 0] > 0) & (inner(x, x) > CONDITION**4 * inner(v, v))
 
 
 def _limit(A: Array) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ufm.bridge.data import Data
-from ufm.frames import Targets
+from ufm.bridge.monitor import Monitor
 
 Record = dict[str, Any]
 
@@ -91,19 +91,20 @@ class Checkpoint:
 
 def configuration(training: Any, model: nn.Module, data: Data, **functions: Any) -> dict[str, str]:
     """What tells one run from another, name -> text: options, data, first weights, the names of functions, a monitor's options."""
+    monitor = functions.get("monitor")
     return (
         {f"Training.{f.name}": repr(getattr(training, f.name)) for f in fields(training)}
         | {"data": f"{data.name}, counts {data.counts}", "the data's content": _digest(_tensors(data))}
         | {"the model's layers": hashlib.sha256(str(model).encode()).hexdigest()[:16]}
         | {"the model's first weights": _digest(value for value in model.state_dict().values() if isinstance(value, Tensor))}
         | {name: _name(function) for name, function in functions.items()}
-        | {f"the monitor's {name}": _told(value) for name, value in getattr(functions.get("monitor"), "settings", {}).items()}
+        | {f"the monitor's {name}": _told(value) for name, value in (monitor.settings if isinstance(monitor, Monitor) else {}).items()}
     )
 
 
 def _told(value: Any) -> str:
     """An option as text, a tuple of arrays by their content."""
-    return _digest(map(torch.as_tensor, value)) if isinstance(value, Targets) else str(value)
+    return _digest(map(torch.as_tensor, value)) if isinstance(value, tuple) else str(value)
 
 
 def _tensors(data: Data) -> list[Tensor]:

@@ -86,20 +86,24 @@ class Monitor:
         self._asked = {name: Asked(name in full, name in full | last, name in kept) for name in self.names}
         self._pool, self._centre, self._weights = conv == "pool", centre, weights
         self._targets, self._penalties, self._distributed = targets, penalties, distributed
-        self.settings: dict[str, Any] = {  # what a reading depends on beside the network
-            "layers": layers,
-            "head": list(self._linear),
-            "classes": self.classes,
-            "measure and keep": self._asked,
-            "conv": conv,
-            "centre": centre,
-            "weights": weights,
-            "targets": targets,
-            "penalties": None if penalties is None else list(map(float, penalties)),
-        }
         self._batches: dict[torch.device, Batch] | None = None  # of the open watch, by device
         self._ran: set[str] = set()
         self.reset()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a reading depends on beside the network, name -> value."""
+        return {
+            "layers": list(self._layers),
+            "head": list(self._linear),
+            "classes": self.classes,
+            "measure and keep": self._asked,
+            "conv": "pool" if self._pool else "flatten",
+            "centre": self._centre,
+            "weights": self._weights,
+            "targets": self._targets,
+            "penalties": None if self._penalties is None else list(map(float, self._penalties)),
+        }
 
     def reset(self) -> None:
         """Forget all that was seen."""

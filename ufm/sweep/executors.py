@@ -13,7 +13,7 @@ from typing import Any
 from ufm.sweep.errors import SweepError
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-EVERY = 1.0  # seconds between two looks of a worker for its parent
+LOOK_EVERY = 1.0  # seconds between two looks of a worker for its parent
 IN_FLIGHT = 4  # blocks per worker: none waits for work, and little is lost when all is stopped
 
 
@@ -36,19 +36,19 @@ def serial(workers: int | None = None) -> Executor:
 
 
 def loky(workers: int | None = None) -> Executor:
-    """Processes of this machine, one BLAS thread each; by default as many as there are CPUs for this process. They end when it does."""
+    """Processes of this machine, one BLAS thread each; by default as many as there are CPUs for this process. They end with this one."""
     from loky import cpu_count, get_reusable_executor
 
-    many, end = workers or cpu_count(), {"initializer": end_with, "initargs": (os.getpid(),)}
-    return get_reusable_executor(max_workers=many, env=ONE_THREAD, **end)  # type: ignore[no-any-return]
+    watched = {"initializer": end_with, "initargs": (os.getpid(),)}
+    return get_reusable_executor(max_workers=workers or cpu_count(), env=ONE_THREAD, **watched)  # type: ignore[no-any-return]
 
 
 def end_with(parent: int) -> None:
-    """Make this worker end soon after its parent process, however that was killed, and not only at the end of its block."""
+    """Make this worker end soon after its parent process, however that was killed (POSIX), and not only at the end of its block."""
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(EVERY)
+            time.sleep(LOOK_EVERY)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
