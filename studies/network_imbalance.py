@@ -5,7 +5,8 @@ N^2 lam_w lam_h, so that the smallest classes are at zero from t = 1 on. Network
 BatchNorm; only the features and the last layer are penalised (`bridge.penalty`); full-batch Adam, its rate falling along a cosine. Each
 is held against the closed form, against a proven optimum of the same problem, and against descent of free features that starts at the
 network's own class means and W (gradient descent with momentum, which is the same on samples, and Adam). Over the map of
-`minority_collapse` networks stand as points: the share of minority classes at zero. Networks always take torch: --device numpy is cpu.
+`minority_collapse` networks stand as points: the share of minority classes at zero. Single samples end at zero too: a class of three that
+lost one is live, and its margin, that of its mean, falls short. Networks always take torch: --device numpy is cpu.
 
 Digits and Gaussian clusters by default; --dataset cifar10 --root DIR --device cuda trains a ResNet-18 by SGD on mini-batches (its
 features leave a mean over pixels; its body has BatchNorm), mnist and its kind a ResNet-20.
