@@ -11,7 +11,7 @@ from mpmath import mp, mpf
 from scipy.optimize import minimize
 
 import ufm
-from ufm import frames, heads
+from ufm import etf, frames, heads
 from ufm.theory import limits
 
 BIASES = ("none", "free", "centred")
@@ -48,7 +48,9 @@ def mean_loss(torch: Any, name: str, Z: Any, y: Any) -> Any:
     return 0.5 * ((Z[y, torch.arange(len(y))] - 1) ** 2).mean()
 
 
-def searched(name: str, bias: str, tau: float, d: int, counts: list[int], rows: bool, tries: int = 3, T: float = 1.0) -> float:
+def searched(
+    name: str, bias: str, tau: float, d: int, counts: list[int], rows: bool, tries: int = 3, T: float = 1.0, relu: bool = False
+) -> float:
     """The least mean loss found over features of norm tau, W of unit rows (or in the ball ||W||^2 <= K), and a bias of that kind."""
     torch = pytest.importorskip("torch")
     K, y = len(counts), torch.as_tensor(np.repeat(np.arange(len(counts)), counts))
@@ -57,6 +59,7 @@ def searched(name: str, bias: str, tau: float, d: int, counts: list[int], rows: 
     def loss(x: Any) -> Any:
         W, H, b = x[: K * d].reshape(K, d), x[K * d : -K].reshape(d, N), x[-K:, None]
         size = W.norm(dim=1, keepdim=True) if rows else torch.clamp(W.norm() / K**0.5, min=1.0)
+        H = H * H if relu else H  # any direction of entries >= 0
         W, H = W / size, tau * H / H.norm(dim=0)
         Z = W @ H
         Z = Z + b if bias == "free" else Z - Z.mean(dim=1, keepdim=True) if bias == "centred" else Z
@@ -88,6 +91,28 @@ def test_minimisation_ends_at_the_floor(name: str, bias: str, tau: float) -> Non
         exact = floor(name, K, tau, bias)
         for rows in (True, False):
             assert exact - 1e-13 <= searched(name, bias, tau, d, [2] * K, rows) <= exact + 1e-8
+
+
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("tau", [0.4, 3.0])
+def test_rectified_features_end_at_their_own_floor(bias: str, tau: float) -> None:
+    """Entries >= 0: unit rows reach log(1 + (K-1) exp(-tau sqrt(K/(K-1)))), nothing in the ball falls below it."""
+    for K, d in ((2, 4), (3, 3)):
+        exact = float(limits.cross_entropy_floor(K, tau, features="relu"))
+        assert exact == pytest.approx(np.log1p((K - 1) * np.exp(-tau * np.sqrt(K / (K - 1)))), rel=1e-14)
+        assert exact > float(limits.cross_entropy_floor(K, tau)) + 0.01
+        for rows in (True, False):
+            assert exact - 1e-13 <= searched("CE", bias, tau, d, [2] * K, rows, relu=True) <= exact + 1e-8
+
+
+@pytest.mark.parametrize("K", [2, 10, 1000])
+def test_orthogonal_features_reach_the_floor_of_rectified_ones(K: int) -> None:
+    """h_k = tau e_k with the nearest simplex ETF as classifier: margins and cross-entropy of features="relu"."""
+    tau, H = 5.0, np.eye(K)
+    Z = tau * etf.nearest(H).W @ H
+    gaps = Z[0, 0] - Z[1:, 0]
+    assert gaps == pytest.approx(float(limits.logit_margin(K, tau, "relu")), rel=1e-12)
+    assert np.log1p(np.sum(np.exp(-gaps))) == pytest.approx(float(limits.cross_entropy_floor(K, tau, features="relu")), rel=1e-11)
 
 
 def test_temperature() -> None:
@@ -204,6 +229,7 @@ def test_problems_without_a_floor(changes: Any, says: str) -> None:
         (lambda: limits.cross_entropy_floor(2.5, 1.0), "classes is 2.5, but must be whole"),
         (lambda: limits.logit_margin(3, -1.0), "logit_margin: radius is -1.0, but must be finite and at least 0"),
         (lambda: limits.logit_margin(3, np.inf), "radius is inf"),
+        (lambda: limits.logit_margin(3, 1.0, "rely"), "logit_margin: features is 'rely', but must be 'free' or 'relu'"),
         (lambda: limits.cross_entropy_floor(3, 1.0, 0.0), "temperature is 0.0, but must be positive"),
         (lambda: limits.squared_error_floor(3, 1.0, "attached"), "bias is 'attached', but must be 'none', 'free' or 'centred'"),  # type: ignore[arg-type]
         (lambda: limits.dot_regression_floor(1.0, "x"), "bias is 'x', but must be"),  # type: ignore[arg-type]

@@ -79,9 +79,7 @@ def figure(rows: Sequence[Sequence[Panel | None]], height: int = 380) -> Figure:
     columns = max(map(len, rows))
     places = {(r, c): panel for r, row in enumerate(rows, 1) for c, panel in enumerate(row, 1) if panel is not None}
     titles = [style.html(places[r, c].title) if (r, c) in places else "" for r in range(1, len(rows) + 1) for c in range(1, columns + 1)]
-    drawn = make_subplots(
-        len(rows), columns, subplot_titles=titles, horizontal_spacing=0.28 / columns, vertical_spacing=0.2 / len(rows)
-    )
+    drawn = make_subplots(len(rows), columns, subplot_titles=titles, horizontal_spacing=0.28 / columns, vertical_spacing=0.2 / len(rows))
     axes: dict[Any, str] = {}
     for (r, c), panel in places.items():
         for trace in _traces(panel):

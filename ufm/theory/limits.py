@@ -4,6 +4,10 @@ Features ||h_i|| = tau, a classifier with sum_k ||w_k||^2 <= K (unit rows, for o
 over samples, and fail for unequal classes. bias: "none"; "free", any b; "centred", b = -W mu_G, or rows of W that sum to zero.
 Write a_i = w_{y_i}.h_i and m = K/(K-1) mean_i (w_{y_i} - wbar).h_i, the mean over samples of a_i less the other logits' mean: by
 Cauchy-Schwarz mean_i a_i <= tau sqrt(mean_k ||w_k||^2) <= tau, and m <= tau K/(K-1); equal at h_i = tau w_{y_i}, a simplex ETF, for m.
+
+Features after a ReLU have entries >= 0 ("relu"). Their class means mu_k have inner products >= 0, so sum_k ||mu_k - mean_j mu_j||^2 <=
+(1 - 1/K) sum_k ||mu_k||^2 <= (K-1) tau^2, and by Cauchy-Schwarz m <= tau sqrt(K/(K-1)): equal at orthogonal h_i, one direction a class,
+with W the simplex ETF of their centred directions. The ETF floor is out of their reach.
 """
 
 from __future__ import annotations
@@ -18,15 +22,20 @@ from ufm.records import NoTheory
 
 Floats = NDArray[np.float64]
 Bias = Literal["none", "free", "centred"]
+Features = Literal["free", "relu"]
+
+BIASES = ("none", "free", "centred")
 
 
-def logit_margin(classes: ArrayLike, radius: ArrayLike) -> Floats:
+def logit_margin(classes: ArrayLike, radius: ArrayLike, features: Features = "free") -> Floats:
     """tau K/(K-1): no mean over samples of z_y - max_{j != y} z_j, nor of z_y - mean_{j != y} z_j, is larger, whatever the bias.
 
-    The first is at most the second, which is m plus a bias that cancels for balanced classes. Equality exactly at collapse to an ETF.
+    The first is at most the second, which is m plus a bias that cancels for balanced classes. Equality exactly at collapse to an ETF. Of
+    features="relu", entries >= 0: tau sqrt(K/(K-1)).
     """
     K, tau = _sizes("logit_margin", classes, radius)
-    return np.asarray(tau * (K / (K - 1)))
+    _choice("logit_margin", "features", features, ("free", "relu"))
+    return np.asarray(tau * (K / (K - 1)) ** (1.0 if features == "free" else 0.5))
 
 
 def cosine_margin(classes: ArrayLike) -> Floats:
@@ -37,17 +46,17 @@ def cosine_margin(classes: ArrayLike) -> Floats:
     return logit_margin(classes, 1.0)
 
 
-def cross_entropy_floor(classes: ArrayLike, radius: ArrayLike, temperature: ArrayLike = 1.0) -> Floats:
-    """log(1 + (K-1) exp(-tau K/((K-1) T))), the least mean cross-entropy of logits over T, whatever the bias; equality at an ETF only.
+def cross_entropy_floor(classes: ArrayLike, radius: ArrayLike, temperature: ArrayLike = 1.0, features: Features = "free") -> Floats:
+    """log(1 + (K-1) exp(-M/T)), M the largest `logit_margin`: the least mean cross-entropy of logits over T, whatever the bias.
 
     Jensen over wrong classes, sum_{j != y} e^{z_j - z_y} >= (K-1) e^{mean_j (z_j - z_y)}, then over samples (log(1 + e^x) is convex), with
-    the mean margin m <= tau K/(K-1).
+    the mean margin m <= M. Equality where m = M, at an ETF only; of features="relu" at orthogonal ones.
     """
     K, tau = _sizes("cross_entropy_floor", classes, radius)
     T = np.asarray(temperature, dtype=np.float64)
     if not np.all(T > 0):
         raise ValueError(f"theory.limits.cross_entropy_floor: temperature is {temperature!r:.60}, but must be positive")
-    x = np.log(K - 1) - tau * (K / (K - 1)) / T
+    x = np.log(K - 1) - logit_margin(K, tau, features) / T
     return np.asarray(np.maximum(x, 0.0) + np.log1p(np.exp(-np.abs(x))))
 
 
@@ -58,7 +67,7 @@ def squared_error_floor(classes: ArrayLike, radius: ArrayLike, bias: Bias = "non
     singular values matter: K equal ones, or K - 1 in the space of zero sums, whose complement a free bias fits and a centred one leaves.
     """
     K, tau = _sizes("squared_error_floor", classes, radius)
-    if _choice("squared_error_floor", bias) == "none":
+    if _choice("squared_error_floor", "bias", bias, BIASES) == "none":
         return np.asarray(0.5 * np.maximum(1.0 - tau, 0.0) ** 2 + 0.0 * K)
     floor = (K - 1) / (2 * K) * np.maximum(1.0 - tau * (K / (K - 1)), 0.0) ** 2
     return np.asarray(floor + (0.5 / K if bias == "centred" else 0.0))
@@ -71,7 +80,9 @@ def dot_regression_floor(radius: ArrayLike, bias: Bias = "none") -> Floats:
     equality asks h_i = tau w_{y_i} of unit rows, in any arrangement: this loss alone does not separate classes.
     """
     _, tau = _sizes("dot_regression_floor", 2, radius)
-    return np.asarray(0.0 * tau if _choice("dot_regression_floor", bias) == "free" else 0.5 * np.maximum(1.0 - tau, 0.0) ** 2)
+    return np.asarray(
+        0.0 * tau if _choice("dot_regression_floor", "bias", bias, BIASES) == "free" else 0.5 * np.maximum(1.0 - tau, 0.0) ** 2
+    )
 
 
 class Limits(NamedTuple):
@@ -171,7 +182,7 @@ def _sizes(call: str, classes: ArrayLike, radius: ArrayLike) -> tuple[Floats, Fl
     return K, tau
 
 
-def _choice(call: str, bias: str) -> str:
-    if bias not in ("none", "free", "centred"):
-        raise ValueError(f"theory.limits.{call}: bias is {bias!r}, but must be 'none', 'free' or 'centred'")
-    return bias
+def _choice(call: str, name: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ValueError(f"theory.limits.{call}: {name} is {value!r}, but must be {', '.join(map(repr, allowed[:-1]))} or {allowed[-1]!r}")
+    return value
