@@ -54,10 +54,12 @@ def make(table: sweep.Table) -> stored.Drawing:
 def objective(table: sweep.Table, own: Sequence[Row], setting: Row) -> plots.Curves:
     """What was minimised over lambda t, the model's values beside it, and the levels."""
     held = setting["penalty"] == "features"
+    since = min(float(row["lam_t"][row["lam_t"] > 0].min()) for row in own)  # earlier the model is far above the levels
     curves: list[plots.Curve] = []
     for start, (label, colour) in STARTS.items():
         for row in rows_of(table, panel="simulated", start=start, **setting):
-            curves += lines(row["path_lam_t"], row["paths"], label, colour, 0.6)
+            later = row["path_lam_t"] >= since
+            curves += lines(row["path_lam_t"][later], row["paths"][:, later], label, colour, 0.6)
     for i, row in enumerate(own):
         curves += lines(row["lam_t"], row["objective"][None], "" if i else "networks", NETWORKS, 0.9, [told(row)])
     x = (min(float(c.x[0]) for c in curves), max(float(c.x[-1]) for c in curves))
