@@ -134,7 +134,8 @@ def record(snapshot: Snapshot, floor: float) -> Record:
     W = snapshot.factors[1]
     losses, _ = frame.objective.loss.value_and_slope(snapshot.logits, frame.objective.targets)
     margins = metrics.cosine_margins(*snapshot.factors[:2], snapshot.problem.labels)
-    by_class = [frame.classes.means(x[:, None, :])[:, 0, :] for x in (losses, margins)]
+    of_class = frame.classes
+    by_class = [(x[:, None, :] @ of_class.onehot.mT / of_class.columns)[:, 0, :] for x in (losses, margins)]
     found = (
         snapshot.value - floor,
         snapshot.value,
