@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 import ufm
 from ufm import etf, etf_policies, metrics, sweep
-from ufm.arrays import flatten, norm, to_numpy
+from ufm.arrays import flatten, namespace, norm, to_numpy
 from ufm.dynamics import Snapshot, iterate
 from ufm.headed import Headed
 from ufm.objective import chain_of
@@ -134,8 +134,8 @@ def record(snapshot: Snapshot, floor: float) -> Record:
     W = snapshot.factors[1]
     losses, _ = frame.objective.loss.value_and_slope(snapshot.logits, frame.objective.targets)
     margins = metrics.cosine_margins(*snapshot.factors[:2], snapshot.problem.labels)
-    of_class = frame.classes
-    by_class = [(x[:, None, :] @ of_class.onehot.mT / of_class.columns)[:, 0, :] for x in (losses, margins)]
+    ones = namespace(losses).ones_like(losses)[:, None, :]
+    by_class = [frame.classes.means(x[:, None, :], ones)[:, 0, :] for x in (losses, margins)]
     found = (
         snapshot.value - floor,
         snapshot.value,

@@ -99,10 +99,7 @@ def column_sums(x: Array) -> Array:
 
 def column_products(x: Array, y: Array) -> Array:
     """The inner products of columns, (..., rows, cols) twice -> (..., 1, cols); of numpy's without an array of products in memory."""
-    total, *others = (column_sums(x[..., rows, :] * y[..., rows, :]) for rows in row_blocks(x))
-    for part in others:
-        total += part
-    return total
+    return sum(column_sums(x[..., rows, :] * y[..., rows, :]) for rows in row_blocks(x))
 
 
 def by_transpose(x: Array, y: Array) -> Array:
