@@ -17,7 +17,7 @@ NAME = STUDY = "guided_etf"
 MEASURED = ("excess", "margin_gap", "nc1", "nc3", "equinorm")
 COLUMNS = (
     *("model", "K", "n", "width", "head", "gradient", "solver", "run", "steps", "gain", "radius", "iteration", *MEASURED, "floor", "limit"),
-    *("stop", "taken", "finite", "at_collapse", "floor_at", "margin_at", "ranks", "margins", "s_min", "condition", "step_seconds"),
+    *("finite", "at_collapse", "ranks", "margins"),
 )
 STEPS, SEEDS = 2000, 5  # what a whole comparison has
 UNREAD = (100, 200, 1000)  # classes of the models whose width and samples are not the paper's

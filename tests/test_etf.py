@@ -217,6 +217,34 @@ def test_any_frame(name: str) -> None:
         assert n.W == pytest.approx(nearest(X).W, abs=1e-13)
 
 
+def rounded(F: Any) -> list[Any]:
+    """F in single precision, and as written with eight digits."""
+    return [F.astype(np.float32), np.round(F, 8)]
+
+
+@pytest.mark.parametrize("name", ["simplex", "pairs", "polygon"])
+def test_a_rounded_frame_is_centred_and_of_its_rank(name: str) -> None:
+    """A frame known to six digits, such as a nearest ETF's W in single precision, is taken for the centred one that it rounds."""
+    rng = np.random.default_rng(28)
+    X, weights, P = rng.normal(size=(8, 5)) + 30, rng.uniform(0.5, 2, size=5), haar(rng, 8, 8)
+    exact = FRAMES[name] - FRAMES[name].mean(axis=0)
+    near = P[:, : np.linalg.matrix_rank(exact)]
+    Y = X - X.mean(axis=1, keepdims=True)
+    for G in (exact, exact @ P[: exact.shape[1]]):
+        for F in rounded(G):
+            for options in ({}, {"weights": weights}):
+                got, ideal = nearest(X, frame=F, **options), nearest(X, frame=G, **options)
+                assert got.W == pytest.approx(ideal.W, abs=1e-5)
+                assert got.distance == pytest.approx(ideal.distance, abs=1e-6)
+            got, ideal = (nearest(X, frame=frame, prox=near, delta=1e-3) for frame in (F, G))
+            assert got.distance == pytest.approx(ideal.distance, abs=1e-3)  # what is near depends on the basis of the frame's span
+            assert distance(Y, F) == pytest.approx(distance(Y, G), rel=1e-6)
+    single = Y.astype(np.float32)
+    assert nearest(single, frame=nearest(single, frame=rounded(exact)[0]).W).distance == pytest.approx(
+        nearest(X, frame=exact).distance, abs=1e-5
+    )
+
+
 def test_distance() -> None:
     """The closed formula, for any scale and centre; and to the square of the rounding error at an ETF."""
     rng = np.random.default_rng(9)
@@ -619,6 +647,10 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "negative weights": (lambda: nearest(GOOD, weights=np.arange(10) - 1), ValueError, "weights are [-1.  0.  1."),
     "no weight": (lambda: nearest(GOOD, weights=np.zeros(10)), ValueError, "weights are [0. 0. 0."),
     "frame": (lambda: nearest(GOOD, frame=np.eye(9)), ValueError, "frame has shape (9, 9), but must be (10, m)"),
+    "orthogonal to the frame": (
+        lambda: nearest(np.repeat(GOOD[:, :2], 2, axis=1), frame=frames.pairs(4)), ValueError, "means are orthogonal to this frame",
+    ),
+    "words": (lambda: nearest(GOOD, weights="many"), ValueError, "weights are 'many', but must be numbers; give one a class"),
     "grad_W": (lambda: pullback(nearest(GOOD), GOOD), ValueError, "grad_W is a ndarray of float64 and shape (12, 10), but must"),
     "guard": (lambda: pullback(nearest(GOOD), GOOD.T, guard=-1.0), ValueError, "etf.pullback: guard is -1.0, but must be a number >= 0"),
     "distance": (lambda: distance(GOOD[:3]), ValueError, "etf.distance: Y has width 3, but a simplex ETF of 10 classes needs"),
@@ -663,3 +695,5 @@ def test_results_are_outside_autograd() -> None:
     near = etf.nearest(means)
     assert not near.W.requires_grad
     assert not etf.pullback(near, torch.ones(4, 6, dtype=torch.float64, requires_grad=True)).requires_grad
+    assert not etf.pullback(near, torch.nn.Parameter(torch.ones(4, 6, dtype=torch.float64))).requires_grad
+    assert not etf.distance(means).requires_grad

@@ -182,6 +182,17 @@ def test_reference() -> None:
     assert np.array_equal(U, np.broadcast_to(np.eye(6, 4), (3, 6, 4)))
 
 
+@pytest.mark.parametrize("form", ["reduced", "full"])
+def test_the_first_point_knows_the_weights(form: etf.Form) -> None:
+    """Near it, W is the weighted nearest ETF; so the mean of a class of weight 0 changes nothing of the others' rows."""
+    X, weights = np.random.default_rng(6).normal(size=(6, 4)), np.array([100.0, 1.0, 1.0, 0.0])
+    near = etf.nearest(X, form=form, weights=weights, prox=Lagged().point(X, None, form, weights), relative_delta=0.5)
+    assert near.W[:3] @ near.U == pytest.approx(etf.nearest(X, weights=weights).W[:3] @ near.U, abs=1e-12)
+    moved = X + 5 * np.eye(4)[3]
+    other = etf.nearest(moved, form=form, weights=weights, prox=Lagged().point(moved, None, form, weights), relative_delta=0.5)
+    assert other.distance == pytest.approx(near.distance, abs=1e-13)
+
+
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_libraries(library: str) -> None:
     """Dtype, device and numbers are kept by every policy."""
@@ -207,7 +218,8 @@ def test_meta_device() -> None:
     for missing in (Fixed(), AsReleased()):
         state = averaged(averaged(None, X, missing=missing, centre=X[..., :1]), X, missing=missing, centre=X[..., :1])
         assert state.means.device.type == state.rate.device.type == "meta"
-    assert Lagged().point(X, None, "full").device.type == "meta"
+    for policy in (Lagged(), Reference(np.eye(6, 4)), Reference(torch.eye(6, 4))):
+        assert policy.point(X, None, "full").device.type == "meta"
 
 
 GOOD = np.ones((6, 4))
@@ -215,8 +227,13 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "rate": (lambda: Constant(0.0), "Constant: a is 0.0, but must be a number in (0, 1]"),
     "floor": (lambda: Paper(floor=2.0), "etf_policies.Paper: floor is 2.0, but must be a number in (0, 1]"),
     "step": (lambda: Paper().rate(0), "etf_policies.Paper: t is 0, but steps count from 1"),
-    "present": (lambda: averaged(None, GOOD, present=np.ones(3, dtype=bool)), "present is (3,) of bool, but must be (4,) of booleans"),
-    "numbers": (lambda: averaged(None, GOOD, present=np.ones(4)), "present is (4,) of float64, but must be (4,) of booleans"),
+    "present": (lambda: averaged(None, GOOD, present=np.ones(3, dtype=bool)), "present is a ndarray of bool and shape (3,), but must be"),
+    "numbers": (lambda: averaged(None, GOOD, present=np.ones(4)), "present is a ndarray of float64 and shape (4,), but must be"),
+    "a list": (
+        lambda: averaged(None, GOOD, present=[True] * 4),
+        "present is a list of no dtype and shape (), but must be a ndarray of booleans",
+    ),
+    "centre's shape": (lambda: averaged(None, GOOD, centre=GOOD[:, 0]), "centre is (6,), but must be (6, 1)"),
     "shape": (lambda: averaged(averaged(None, GOOD), GOOD.T), "batch is (4, 6), but before (6, 4); keep to one shape"),
     "centre": (
         lambda: averaged(None, GOOD, missing=AsReleased()),

@@ -609,7 +609,7 @@ BAD_HEADS: list[tuple[Any, dict[str, Any], str]] = [
     (NearestETF, {"form": "helmert"}, "heads.NearestETF: form is 'helmert', but must be one of 'reduced', 'full'"),
     (NearestETF, {"method": "qdwh"}, "heads.NearestETF: method is 'qdwh', but must be one of 'auto'"),
     (NearestETF, {"gradient": "on"}, "heads.NearestETF: gradient is 'on', but must be one of True, False"),
-    (NearestETF, {"solver": "pymanopt"}, "heads.NearestETF: solver is 'pymanopt', but must be one of 'closed', 'stiefel', 'a function'"),
+    (NearestETF, {"solver": "pymanopt"}, "heads.NearestETF: solver is 'pymanopt', but must be 'closed', 'stiefel' or a function"),
     (NearestETF, {"averaging": Paper}, "heads.NearestETF: averaging is <class 'ufm.etf_policies.Paper'>, but must be a policy of"),
     (NearestETF, {"missing": "fixed"}, "heads.NearestETF: missing is 'fixed', but must be a policy of ufm.etf_policies, called"),
     (NearestETF, {"delta": -1.0}, "heads.NearestETF: delta is -1.0, but must be a finite number, at least 0"),
@@ -670,11 +670,34 @@ def test_a_run_whose_class_means_coincide_leaves_the_others_alone() -> None:
     assert both.value[1] == pytest.approx(alone.value[0], rel=1e-12)
 
 
+def test_a_run_without_a_direction_leaves_the_others_alone() -> None:
+    """Where the classes that have a weight are at one place in one run, that run starts at the unit vectors' ETF."""
+    problem = ufm.Problem(
+        [2] * 3,
+        width=4,
+        features="free",
+        lam_w=0,
+        lam_h=0,
+        head=NearestETF(weights=[1.0, 1.0, 0.0], bias=None),
+        radius=2.0,
+        columns="samples",
+    )
+    H, W = np.random.default_rng(4).normal(size=(2, 4, 6)), np.zeros((2, 3, 4))
+    H[0, :, 2:4] = H[0, :, :2]
+    both = ufm.simulate(problem, ufm.rules.GradientDescent(0.1), steps=4, runs=2, start=ufm.starts.given([H, W]))
+    alone = ufm.simulate(problem, ufm.rules.GradientDescent(0.1), steps=4, start=ufm.starts.given([H[1:], W[1:]]))
+    assert np.all(np.isfinite(both.value))
+    assert both.value[1] == pytest.approx(alone.value[0], rel=1e-12)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         ({"delta": 0.1, "relative_delta": 0.1}, "heads.NearestETF: delta is 0.1 and relative_delta 0.1, but they are one number"),
         ({"weights": [1, 2, -1, 1]}, "has weights [1, 2, -1, 1], but needs one >= 0 for each of 4 classes"),
+        ({"weights": [0, 0, 0, 1]}, "has weights [0, 0, 0, 1], but needs one >= 0 for each of 4 classes, all finite and two above 0"),
+        ({"weights": [1, np.inf, 1, 1]}, "has weights [1, inf, 1, 1], but needs one >= 0 for each of 4 classes, all finite"),
+        ({"solver": "a function"}, "heads.NearestETF: solver is 'a function', but must be 'closed', 'stiefel' or a function"),
         ({"prox": Reference(np.zeros((2, 5, 3))), "delta": 0.1}, "has a reference of 3 axes, but needs one U (d, m)"),
     ],
 )

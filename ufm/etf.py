@@ -20,9 +20,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from ufm.arrays import Array, detached, device_of, like, namespace, readable, to_numpy
-from ufm.frames import helmert
+from ufm.frames import ROUNDED, by_rank, helmert
 from ufm.polar import ROUTES, Factor, Method, inner, polar
-from ufm.polar import factor_of as factor_of  # beside pose and finished: what another solver of the problem needs
 
 Form = Literal["reduced", "full"]
 
@@ -36,7 +35,7 @@ class Posed(NamedTuple):
     size: Array  # the norm divided out of the means, (..., 1, 1)
     weights: Array | None  # the diagonal of D^2, mean 1 over the classes that are in, (1, K) or (..., 1, K)
     centre: Array | None  # the weights of the mean that was subtracted, (K, 1) or (..., K, 1)
-    unit: float  # 2/rank(F): the singular values of A at collapse, without prox
+    unit: float  # 2/rank(F): the mean singular value of A at collapse, without prox and weights
     delta: float
     form: Form
 
@@ -97,8 +96,8 @@ def pullback(nearest: NearestETF, grad_W: Array, *, guard: float = 0.0) -> Array
     Directions of A whose s is rounding error are undetermined by the means and get no gradient.
     """
     posed, U, V, s = nearest.posed, nearest.U, nearest.V, nearest.s
-    _alike("etf.pullback", "grad_W", grad_W, U, tuple(nearest.W.shape))
     grad_W = detached(grad_W)
+    _alike("etf.pullback", "grad_W", grad_W, U, tuple(nearest.W.shape))
     xp = namespace(U, grad_W)
     if not (isinstance(guard, Real) and isfinite(guard) and guard >= 0):
         raise ValueError(f"etf.pullback: guard is {guard!r}, but must be a number >= 0; 0 is none, 0.05 a good one")
@@ -131,6 +130,7 @@ def distance(Y: Array, frame: Any = None) -> Array:
     Evaluated at U = polar(Y F), so that it loses no digits near 0. frame (K, m), the simplex ETF by default, is normalised.
     """
     xp = _door("etf.distance", "Y", Y)
+    Y = detached(Y)
     F, *_ = _frame("etf.distance", "Y", Y, frame, "reduced")
     P, _, Qt = xp.linalg.svd(Y @ F, full_matrices=False)
     return xp.sum((Y - P @ (Qt @ F.mT)) ** 2, axis=(-2, -1))
@@ -168,6 +168,10 @@ def pose(
         centre = ones / means.shape[-1] if w is None else w.mT / (w @ ones)
     Y, size = _normalised(call, means, w, centre)
     A = (Y if w is None else Y * w) @ (2.0 * F)
+    if frame is not None and prox is None and readable(A) and not bool(xp.all(_largest(A) > 8 * xp.finfo(A.dtype).eps)):
+        raise ValueError(
+            f"{call}: means are orthogonal to this frame, so that every rotation of it is as near; give another frame, or prox"
+        )
     return Posed(A if prox is None else A + delta * prox, Y, F, size, w, centre, 2 / rank, delta, form)
 
 
@@ -207,31 +211,33 @@ def _door(call: str, name: str, x: Array) -> Any:
 
 
 def _frame(call: str, name: str, means: Array, frame: Any, form: str) -> tuple[Array, int, bool]:
-    """F (K, m) of unit Frobenius norm, like `means`, its rank (m in the reduced form), and whether its rows sum to zero."""
+    """F (K, m) of unit Frobenius norm, like `means`, its rank (m in the reduced form), and whether its rows sum to zero, up to rounding."""
     if form not in ("reduced", "full"):
         raise ValueError(f"{call}: form is {form!r}, but must be 'reduced' or 'full'")
     d, K = means.shape[-2:]
     if frame is None:
-        what, rank, remedy = "a simplex ETF", K - 1, "give frame="
+        what, rank, centred, remedy = "a simplex ETF", K - 1, True, "give frame="
         F = _simplex(K, form)
     else:
         what, remedy = "this frame", "another frame"
         F = np.array(to_numpy(frame), dtype=np.float64)
         if F.ndim != 2 or F.shape[0] != K or not np.all(np.isfinite(F)) or not np.any(F):
             raise ValueError(f"{call}: frame has shape {F.shape}, but must be ({K}, m), finite, not zero; give one row a class")
-        P, s, _ = np.linalg.svd(F, full_matrices=False)
-        rank = int(np.sum(s > 1e-10 * s[0]))
+        F /= np.linalg.norm(F)
+        middle = F.mean(axis=0)
+        centred = bool(np.linalg.norm(middle) * sqrt(K) < ROUNDED)
+        if centred:
+            F -= middle
+        own = by_rank(F)
+        rank = own.shape[1]
         if form == "reduced" and rank < F.shape[1]:
-            F = P[:, :rank] * s[:rank]
+            F = own
     if d < F.shape[1]:
         least, remedy = F.shape[1], remedy if form == "reduced" else "form='reduced'"
         raise ValueError(
             f"{call}: {name} has width {d}, but {what} of {K} classes needs at least {least}; use width >= {least} or {remedy}"
         )
-    if frame is None:
-        return like(F, means), rank, True
-    F = F / np.linalg.norm(F)
-    return like(F, means), rank, bool(np.linalg.norm(F.sum(axis=0)) < 1e-10)
+    return like(F, means), rank, centred
 
 
 @lru_cache(maxsize=8)
@@ -261,12 +267,15 @@ def _weights(call: str, weights: Any, means: Array) -> Array | None:
     """Weights (..., 1, K) like `means`, mean 1 over the classes that are in, or None."""
     if weights is None:
         return None
-    w = weights if type(weights) is type(means) else like(np.array(to_numpy(weights), dtype=np.float64), means)
+    try:
+        w = like(detached(weights) if type(weights) is type(means) else np.array(to_numpy(weights), dtype=np.float64), means)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{call}: weights are {weights!r:.60}, but must be numbers; give one a class") from error
     xp = namespace(w, means)
     K = means.shape[-1]
     if tuple(w.shape) not in ((K,), (*means.shape[:-2], K)):
         raise ValueError(f"{call}: weights has shape {tuple(w.shape)}, but must be ({K},) or {(*means.shape[:-2], K)}; give one a class")
-    w = xp.astype(w, means.dtype, copy=False)[..., None, :]
+    w = w[..., None, :]
     if readable(w) and not bool(xp.all((w >= 0) & xp.isfinite(w)) & xp.all(xp.any(w > 0, axis=-1))):
         raise ValueError(f"{call}: weights are {to_numpy(w).ravel()!s:.60}, but must be finite, >= 0, not all 0; 0 leaves a class out")
     if readable(w) and not bool(xp.all(xp.sum(xp.astype(w > 0, w.dtype), axis=-1) > 1)):

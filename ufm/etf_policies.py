@@ -144,8 +144,14 @@ def averaged(
     shape = (*batch.shape[:-2], batch.shape[-1])
     if present is None:
         present = xp.ones(shape, dtype=xp.bool, device=device_of(batch))
-    if tuple(present.shape) != shape or present.dtype != xp.bool:
-        raise ValueError(f"etf_policies.averaged: present is {tuple(present.shape)} of {present.dtype}, but must be {shape} of booleans")
+    if type(present) is not type(batch) or tuple(present.shape) != shape or present.dtype != xp.bool:
+        got = f"{type(present).__name__} of {getattr(present, 'dtype', 'no dtype')} and shape {tuple(getattr(present, 'shape', ()))}"
+        rule = f"{type(batch).__name__} of booleans and shape {shape}"
+        raise ValueError(f"etf_policies.averaged: present is a {got}, but must be a {rule}; convert it")
+    if centre is not None and tuple(np.shape(centre)) != (*batch.shape[:-1], 1):
+        raise ValueError(
+            f"etf_policies.averaged: centre is {np.shape(centre)}, but must be {(*batch.shape[:-1], 1)}; give one mean a problem"
+        )
     if before is not None and tuple(before.means.shape) != tuple(batch.shape):
         raise ValueError(f"etf_policies.averaged: batch is {tuple(batch.shape)}, but before {tuple(before.means.shape)}; keep to one shape")
     batch = xp.where(present[..., None, :], batch, 0.0)
@@ -155,7 +161,7 @@ def averaged(
 class Proximal(Protocol):
     """What U is kept near: the `prox` of `etf.nearest`."""
 
-    def point(self, means: Array, previous: Array | None, form: Form) -> Array: ...
+    def point(self, means: Array, previous: Array | None, form: Form, weights: Any = None) -> Array: ...
 
 
 @dataclass(frozen=True)
@@ -165,11 +171,11 @@ class Lagged:
     In the full form that is V Q^T + u 1^T/sqrt(K), V of the reduced form, Q = helmert(K).T, u = (I - V V^T) eye(d, K) 1, normalised.
     """
 
-    def point(self, means: Array, previous: Array | None, form: Form) -> Array:
-        """(..., d, m) for class means (..., d, K)."""
+    def point(self, means: Array, previous: Array | None, form: Form, weights: Any = None) -> Array:
+        """(..., d, m) for class means (..., d, K) with the weights of `etf.nearest`."""
         if previous is not None:
             return previous
-        V = nearest(means).U
+        V = nearest(means, weights=weights).U
         if form == "reduced":
             return V
         xp = namespace(V)
@@ -192,11 +198,10 @@ class Reference:
 
     U: Any
 
-    def point(self, means: Array, previous: Array | None, form: Form) -> Array:
+    def point(self, means: Array, previous: Array | None, form: Form, weights: Any = None) -> Array:
         """(..., d, m) for class means (..., d, K)."""
-        xp = namespace(means)
-        U = xp.astype(self.U, means.dtype) if type(self.U) is type(means) else like(np.array(to_numpy(self.U)), means)
-        return xp.broadcast_to(U, (*means.shape[:-2], *U.shape[-2:]))
+        U = like(self.U if type(self.U) is type(means) else np.array(to_numpy(self.U)), means)
+        return namespace(means).broadcast_to(U, (*means.shape[:-2], *U.shape[-2:]))
 
 
 def _normal(V: Array, u: Array) -> Array:

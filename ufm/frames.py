@@ -16,6 +16,8 @@ from ufm.arrays import Array, like, namespace
 
 Floats = NDArray[np.float64]
 
+ROUNDED = 1e-6  # of a frame's size: sums of rows and singular values below it are rounding, float32's too
+
 
 class Targets(NamedTuple):
     """Up to scale: the class means' Gram, the classifier's W W^T, and the logits W mu of the class means, each (..., K, K)."""
@@ -71,6 +73,13 @@ def cross_polytope(m: int) -> Floats:
     """2m unit rows e_1, -e_1, ..., e_m, -e_m, (2m, m): `pairs` of 2m classes."""
     _check("cross_polytope", "m", m, 1, "a cross-polytope has an axis")
     return pairs(2 * m)
+
+
+def by_rank(F: Floats) -> Floats:
+    """As many columns as the rank of F (K, m) up to rounding, with the same Gram matrix: P S of F = P S Q^T."""
+    P, s, _ = np.linalg.svd(F, full_matrices=False)
+    rank = int(np.sum(s > ROUNDED * s[0]))
+    return np.asarray(P[:, :rank] * s[:rank])
 
 
 def rectified_simplex(r: int) -> Floats:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ufm.arrays import Array, by_transpose, column_products, flatten, like, namespace, norm, place, row_blocks
+from ufm.arrays import Array, by_transpose, column_products, device_of, flatten, like, namespace, norm, place, row_blocks, to_numpy
 from ufm.chain import Factors
 from ufm.coordinates import Coordinates, weighted
 from ufm.etf import NearestETF as Nearest
@@ -149,7 +149,8 @@ class Headed(Coordinates):
     def renewed(self, x: Array) -> Headed:
         """The coordinates of the step from x: class means of z averaged with the stored ones, the nearest ETF to the average as W.
 
-        A run whose averaged means are not finite, or all equal, so that every frame is as near, gets the ETF of the unit vectors.
+        A run whose averaged means are not finite, or all equal where they have a weight, so that every frame is as near, gets the ETF of
+        the unit vectors.
         """
         if not isinstance(self.head, NearestETF):
             return self
@@ -159,9 +160,7 @@ class Headed(Coordinates):
         means, centre = self.classes.means(X, scale), self._centre(X, scale)
         before, previous = self.guide or (None, None)
         average = averaged(before, means - centre, averaging=self.head.averaging, missing=self.head.missing, centre=centre)
-        shown, spread = average.means, average.means - xp.mean(average.means, axis=-1, keepdims=True)
-        apart = xp.max(xp.abs(spread), axis=(-2, -1), keepdims=True)
-        sound = (apart > 8 * xp.finfo(x.dtype).eps * xp.max(xp.abs(shown), axis=(-2, -1), keepdims=True)) & xp.isfinite(apart)
+        shown, sound = average.means, _apart(average.means, self.head.weights)
         if not bool(xp.all(sound)):
             shown = xp.where(sound, shown, like(np.eye(*means.shape[1:]), x))
         nearest = self.head.nearest(shown, None if previous is None else previous.U)
@@ -280,6 +279,17 @@ def _picked(guide: Guide, runs: Array) -> Guide:
     posed = posed._replace(A=take(posed.A), means=take(posed.means), size=take(posed.size))
     arrays = {f.name: take(getattr(guide.nearest, f.name)) for f in fields(Nearest) if f.name != "posed"}
     return Guide(Averaged(average.t, *map(take, average[1:])), Nearest(**arrays, posed=posed))
+
+
+def _apart(means: Array, weights: Any) -> Array:
+    """Whether class means (B, d, K) are finite, and those of the classes that have a weight differ by more than rounding, (B, 1, 1)."""
+    xp = namespace(means)
+    finite = xp.isfinite(xp.sum(means, axis=(-2, -1), keepdims=True))
+    if weights is not None:
+        means = xp.take(means, xp.asarray(np.flatnonzero(to_numpy(weights)), device=device_of(means)), axis=-1)
+    spread = means - xp.mean(means, axis=-1, keepdims=True)
+    far, size = (xp.max(xp.abs(x), axis=(-2, -1), keepdims=True) for x in (spread, means))
+    return finite & (far > 8 * xp.finfo(means.dtype).eps * size)
 
 
 def _nonzero(what: str, rows: Array, why: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Real
 from pkgutil import resolve_name
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ufm import etf, etf_policies
-from ufm.arrays import Array
+from ufm.arrays import Array, to_numpy
 from ufm.frames import helmert, simplex_etf
 
 Floats = NDArray[np.float64]
@@ -113,8 +114,8 @@ class NearestETF:
         one_of("NearestETF", "method", self.method, ("auto", "svd", "gram", "newton-schulz"))
         one_of("NearestETF", "gradient", self.gradient, (True, False))
         one_of("NearestETF", "bias", self.bias, BIASES)
-        if not callable(self.solver):
-            one_of("NearestETF", "solver", self.solver, ("closed", "stiefel", "a function"))
+        if not callable(self.solver) and self.solver not in ("closed", "stiefel"):
+            raise ValueError(f"heads.NearestETF: solver is {self.solver!r}, but must be 'closed', 'stiefel' or a function")
         for name, method in (("prox", "point"), ("averaging", "rate"), ("missing", "step")):
             policy = getattr(self, name)
             if isinstance(policy, type) or not hasattr(policy, method):
@@ -126,13 +127,17 @@ class NearestETF:
         for name in ("delta", "guard", "relative_delta"):
             value = getattr(self, name)
             missing = value is None and name == "relative_delta"
-            if not missing and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < np.inf):
+            if not missing and (isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < np.inf):
                 raise ValueError(f"heads.NearestETF: {name} is {value!r}, but must be a finite number, at least 0")
 
     def check(self, classes: int, width: int) -> None:
         wide_enough("NearestETF", classes, width, classes - 1 if self.form == "reduced" else classes)
-        if self.weights is not None and (np.shape(self.weights) != (classes,) or not np.all(np.asarray(self.weights, dtype=float) >= 0)):
-            raise ValueError(f"Problem: head=NearestETF has weights {self.weights!r:.60}, but needs one >= 0 for each of {classes} classes")
+        w = np.ones(classes) if self.weights is None else np.asarray(to_numpy(self.weights), dtype=np.float64)
+        if w.shape != (classes,) or not np.all((w >= 0) & np.isfinite(w)) or np.sum(w > 0) < 2:
+            raise ValueError(
+                f"Problem: head=NearestETF has weights {self.weights!r:.60}, but needs one >= 0 for each of {classes} classes, "
+                "all finite and two above 0"
+            )
         if isinstance(self.prox, etf_policies.Reference) and np.ndim(self.prox.U) != 2:
             raise ValueError(
                 f"Problem: head=NearestETF has a reference of {np.ndim(self.prox.U)} axes, but needs one U (d, m) for all runs"
@@ -140,7 +145,7 @@ class NearestETF:
 
     def nearest(self, means: Array, previous: Array | None) -> etf.NearestETF:
         """The ETF nearest to averaged class means (..., d, K), after the one whose U was `previous`."""
-        near = self.prox.point(means, previous, self.form) if self.delta or self.relative_delta else None
+        near = self.prox.point(means, previous, self.form, self.weights) if self.delta or self.relative_delta else None
         posed = {"weights": self.weights, "prox": near, "delta": self.delta, "relative_delta": self.relative_delta, "form": self.form}
         if self.solver == "closed":
             return etf.nearest(means, method=self.method, **posed)

@@ -254,6 +254,15 @@ def batches(classes: int, width: int) -> Iterator[tuple[Any, Any]]:
         yield torch.tensor(rng.standard_normal((5, width)), dtype=torch.float32), torch.tensor(labels)
 
 
+@pytest.mark.parametrize("form", ["reduced", "full"])
+def test_a_class_not_seen_yet_does_not_distort_the_frame(form: Any) -> None:
+    """Nor through the first proximal point: the rows of the others are those without one, also where samples of classes are unequal."""
+    features, labels = normal(12, 8, seed=3) + 2, torch.tensor([0] * 6 + [1] * 4 + [2] * 2)
+    plain, near = (module(options, 8, 4, radius=None) for options in (NearestETF(), NearestETF(form=form, relative_delta=0.5)))
+    plain(features, labels), near(features, labels)
+    assert to_numpy(near.weight[:3]) == pytest.approx(to_numpy(plain.weight[:3]), abs=1e-13)
+
+
 @pytest.mark.parametrize("law", [Paper(), Constant(0.3), Cumulative(), Latest()], ids=lambda law: type(law).__name__)
 @pytest.mark.parametrize("missing", [Fixed(), AsReleased()], ids=lambda policy: type(policy).__name__)
 @pytest.mark.parametrize("weights", [None, [1.0, 2.0, 0.5, 3.0]], ids=["alike", "weighted"])

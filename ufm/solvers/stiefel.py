@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ufm.arrays import Array, like, to_numpy
 from ufm.etf import Form, NearestETF, Posed, finished, pose
+from ufm.frames import by_rank
 from ufm.polar import factor_of
 from ufm.solvers.manifolds import Flat, Manifold, Oblique, Sphere, Stiefel
 from ufm.solvers.riemannian import Function, Minimum, Options, Points, Solver, Watch, best_component, first_points
@@ -189,9 +190,8 @@ def nearest_frame(
             raise ValueError(f"stiefel.nearest_frame: {name} has shape {x.shape}, but must be {rule}, finite and not zero")
     if scale != "free" and not (isinstance(scale, Real) and 0 < float(scale) < np.inf):
         raise ValueError(f"stiefel.nearest_frame: scale is {scale!r}, but must be 'free' or a positive number")
-    P, s, _ = np.linalg.svd(F, full_matrices=False)
-    rank = int(np.sum(s > 1e-10 * s[0]))
-    F = P[:, :rank] * s[:rank]
+    F = by_rank(F)
+    rank = F.shape[1]
     if Y.shape[-1] != len(F) or Y.shape[-2] < rank:
         raise ValueError(
             f"stiefel.nearest_frame: means has shape {Y.shape}, but this frame needs (..., d, {len(F)}) with d >= {rank}, its rank"

@@ -30,8 +30,8 @@ BIASES = ("none", "free", "centred")
 def logit_margin(classes: ArrayLike, radius: ArrayLike, features: Features = "free") -> Floats:
     """tau K/(K-1): no mean over samples of z_y - max_{j != y} z_j, nor of z_y - mean_{j != y} z_j, is larger, whatever the bias.
 
-    The first is at most the second, which is m plus a bias that cancels for balanced classes. Equality exactly at collapse to an ETF. Of
-    features="relu", entries >= 0: tau sqrt(K/(K-1)).
+    The first is at most the second, which is m plus a bias that cancels for balanced classes. The first is equal exactly at collapse to an
+    ETF, the second at other arrangements too. Of features="relu", entries >= 0: tau sqrt(K/(K-1)).
     """
     K, tau = _sizes("logit_margin", classes, radius)
     _choice("logit_margin", "features", features, ("free", "relu"))
